@@ -1,0 +1,659 @@
+"""
+GPT-2, trained from scratch in one file that reads from top to bottom: constants, model, data,
+optimizer, evaluation, checkpoints, and the run.
+
+A laptop trains a small GPT on the bytes of input.txt (Shakespeare) in three minutes, a GPU trains
+GPT-2 (124M) as soon as fineweb.py has put token shards into edu_fineweb10B/:
+    python train_gpt2.py
+Eight GPUs, and two nodes of eight (this line on each, with its own --node_rank):
+    torchrun --standalone --nproc_per_node=8 train_gpt2.py
+    torchrun --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --nproc_per_node=8 train_gpt2.py
+
+Change any constant below, here or for one launch: --B=16 --max_lr=1e-3. --help lists them all.
+The results go to log_dir: log.jsonl, checkpoints and, for GPT-2, hf/, which transformers reads.
+Ctrl-C saves and leaves; --init_from=resume goes on from there, on any number of GPUs.
+"""
+import dataclasses
+import difflib
+import functools
+import glob
+import hashlib
+import itertools
+import json
+import math
+import os
+import signal
+import sys
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+# -----------------------------------------------------------------------------
+# constants
+argv = sys.argv[1:] if __name__ == "__main__" else []  # imported, the constants stay as they are
+chosen = dict(arg.removeprefix("--").partition("=")[::2] for arg in argv)
+
+# what to train on, and where: some defaults further down depend on it
+_here = os.path.dirname(os.path.abspath(__file__))
+_shards = os.path.join(_here, "edu_fineweb10B")
+data = _shards if os.path.isdir(_shards) else os.path.join(_here, "input.txt")
+data = chosen.get("data", data)  # a folder of token shards, or one text file, read as bytes
+_gpu = torch.accelerator.current_accelerator(check_available=True)
+device = chosen.get("device", _gpu.type if _gpu else "cpu")  # cuda, mps (Apple's GPUs) or cpu
+
+# GPT-2 (124M), for token shards: the paper's model, and GPT-3's recipe for a model of this size
+log_dir = "log/gpt2"       # where the run goes; an earlier one there is moved aside
+n_layer, n_head, n_embd = 12, 12, 768  # medium 24, 16, 1024; large 36, 20, 1280; xl 48, 25, 1600
+T = 1024                   # tokens of context
+B = 64                     # sequences in a forward, as many as fit: 64 in 80 GB, 16 in 24 GB
+total_batch_size = 524288  # tokens in an optimizer step, over all GPUs: 2**19, about 0.5M
+optimizer = "adamw"        # adamw, or muon for the matrices in the blocks
+max_lr, min_lr = 6e-4, 6e-5  # at the end of the warmup, and at the last step
+warmup_steps = 715         # 375M tokens, as in GPT-3
+max_steps = 19073          # 10B tokens, one epoch of edu_fineweb10B; 0 only evaluates and samples
+val_tokens = 10485760      # of the val split, the first ones each time
+log_every, val_every = 1, 250        # steps from one line, or evaluation, to the next;
+hella_every, sample_every = 250, 250  # an "every" of 0 means only at the end
+save_every, keep = 1000, 3           # steps; checkpoints kept, the newest ones, 0 for all
+prompt = "Hello, I'm a language model,"
+
+# the baby GPT, for a text file: 0.8M parameters, for three minutes on two CPU cores
+if not os.path.isdir(data):
+    log_dir = "log/baby"
+    n_layer, n_head, n_embd = 4, 4, 128
+    T, B, total_batch_size = 64, 32, 2048
+    optimizer = "muon"
+    max_lr, min_lr, warmup_steps, max_steps = 5e-3, 5e-4, 50, 900
+    val_tokens = 1048576
+    log_every, val_every, sample_every, save_every = 20, 300, 300, 300
+    prompt = "\n"
+
+# for both
+init_from = "scratch"      # or resume, or weights: gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder
+seed = 1337                # of the initialization, the order of the data, dropout and samples
+dropout = 0.0              # 0.1 in the paper; it helps where the same data is seen many times
+weight_decay = 0.1         # on matrices and embeddings; biases and LayerNorms have none
+beta1, beta2 = 0.9, 0.95   # AdamW averages gradients over 10 steps, their squares over 20, as GPT-3
+momentum = 0.95            # Muon averages gradients over 20 steps
+grad_clip = 1.0            # a longer gradient is scaled down to this norm; 0 for never
+n_samples, sample_tokens = 2, 256  # texts at each sampling, tokens in each after the prompt
+temperature, top_k = 0.8, 50  # below 1 favours likely tokens; only the k likeliest, 0 for all
+compile = device == "cuda"   # a minute at the start, then about twice as fast on a GPU
+dtype = "auto"             # bfloat16 where the device has it, float16 on older GPUs, else float32
+wandb_log, wandb_project = False, "gpt2"
+
+# --name=value overrides a constant for one launch
+constants = {k: v for k, v in globals().items() if k[0] != "_" and isinstance(v, (int, float, str))}
+forms = {bool: "0, 1, true or false", int: "a whole number", float: "a number", str: "text"}
+for arg in [arg for arg in argv if arg != "--help"]:
+    name, _, value = arg.removeprefix("--").partition("=")
+    if name not in constants:
+        near = difflib.get_close_matches(name, constants, n=1, cutoff=0)[0]
+        sys.exit(f"{arg}: no such constant; the nearest is --{near}={constants[near]}")
+    kind = type(constants[name])
+    try:
+        if not arg.startswith("--") or "=" not in arg or kind is int and not value.isdecimal():
+            raise ValueError
+        value = ["0", "1", "false", "true"].index(value.lower()) % 2 if kind is bool else value
+        constants[name] = kind(value)
+    except ValueError:
+        sys.exit(f"{arg}: expected --{name}= and {forms[kind]}, as in --{name}={constants[name]}")
+globals().update(constants)
+if "--help" in argv:
+    print(__doc__, *(f"--{name}={value!r}" for name, value in constants.items()), sep="\n")
+    sys.exit()
+
+# -----------------------------------------------------------------------------
+# model
+@dataclasses.dataclass
+class GPTConfig:
+    block_size: int = 1024   # tokens of context
+    vocab_size: int = 50257  # 50,000 merges + 256 bytes + <|endoftext|>; any beyond are padding
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+
+class CausalSelfAttention(nn.Module):
+    """Each position gathers from itself and those before it. It asks with a query, each of them
+    answers with a key and offers a value; what arrives is the average of the values, weighted by
+    how well the keys match the query: softmax(q k^T / sqrt(C/H)) v, the future masked out. H heads
+    do this side by side, on C/H channels each, so as to look for H things at once."""
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # q, k and v in one product
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).split(C, dim=2)
+        # (B, T, C) -> (B, H, T, C/H)
+        q, k, v = (z.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for z in (q, k, v))
+        p = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+class MLP(nn.Module):
+    """What attention has brought to a position is worked on there, each position by itself."""
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # tanh as in OpenAI's code
+
+class Block(nn.Module):
+    """Attention and MLP read the residual stream x and add to it; gradients flow back along it."""
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        x = x + self.drop(self.attn(self.ln_1(x)))
+        return x + self.drop(self.mlp(self.ln_2(x)))
+
+class GPT(nn.Module):
+    """GPT-2 (Radford et al. 2019), with the names and the initialization of OpenAI's release."""
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.n_tokens = min(config.vocab_size, GPTConfig.vocab_size)  # without the padding
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(config.vocab_size, config.n_embd),
+            wpe=nn.Embedding(config.block_size, config.n_embd),
+            h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+            ln_f=nn.LayerNorm(config.n_embd)))
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        # tied: to read a token and to predict it share one vector, which saves 38M parameters
+        self.transformer.wte.weight = self.lm_head.weight
+        for name, p in self.named_parameters():
+            # the residual stream adds up 2 * n_layer branches: shrink each to keep the sum's size
+            branches = 2 * config.n_layer if name.endswith("c_proj.weight") else 1
+            if p.dim() == 2:
+                nn.init.normal_(p, std=0.02 / math.sqrt(branches))
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    def hidden(self, idx):
+        """Token ids (B, T), T <= block_size -> hidden states after the last LayerNorm (B, T, C)."""
+        x = self.transformer.wte(idx) + self.transformer.wpe.weight[:idx.shape[1]]
+        x = F.dropout(x, self.config.dropout, self.training)
+        for block in self.transformer.h:
+            x = block(x)
+        return self.transformer.ln_f(x)
+
+    def forward(self, idx, targets=None):
+        """Ids (B, T) -> logits (B, T, vocab_size); with targets (B, T) -> mean loss, float32."""
+        logits = self.lm_head(self.hidden(idx))
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, generator=None):
+        """Continues ids (B, T) to (B, T + max_new_tokens); a generator must be on their device."""
+        for _ in range(max_new_tokens):
+            last = self.hidden(idx[:, -self.config.block_size:])[:, -1]
+            logits = self.lm_head(last)[:, :self.n_tokens].float() / max(temperature, 1e-6)
+            if top_k:
+                logits[logits < logits.topk(min(top_k, self.n_tokens)).values[:, -1:]] = -math.inf
+            token = torch.multinomial(F.softmax(logits, dim=-1), 1, generator=generator)
+            idx = torch.cat([idx, token], dim=1)
+        return idx
+
+    @classmethod
+    def from_pretrained(cls, name, dropout=0.0):
+        """Loads transformers' format: a folder, or a name on the hub (gpt2, gpt2-medium, ...)."""
+        from transformers import GPT2LMHeadModel
+        theirs = GPT2LMHeadModel.from_pretrained(name)
+        c = theirs.config
+        model = cls(GPTConfig(c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd, dropout))
+        model.load_state_dict(transpose_conv1d(theirs.state_dict()))
+        return model
+
+    def save_pretrained(self, folder):
+        """Writes config.json and model.safetensors for transformers, without padded rows."""
+        from transformers import GPT2Config, GPT2LMHeadModel
+        c, n = self.config, self.n_tokens
+        theirs = GPT2LMHeadModel(GPT2Config(vocab_size=n, n_positions=c.block_size, n_embd=c.n_embd,
+                                            n_layer=c.n_layer, n_head=c.n_head))
+        tables = ("transformer.wte.weight", "lm_head.weight")
+        theirs.load_state_dict({name: p[:n] if name in tables else p
+                                for name, p in transpose_conv1d(self.state_dict()).items()})
+        theirs.save_pretrained(folder)
+        with open(os.path.join(folder, "README.md"), "w") as file:
+            file.write("For transformers' GPT2LMHeadModel; the tokenizer is that of `gpt2`.\n")
+
+def transpose_conv1d(state):
+    """OpenAI keeps these weights as (in, out), nn.Linear as (out, in): turns one into the other."""
+    turned = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+    return {name: p.t() if name.endswith(turned) else p for name, p in state.items()}
+
+# -----------------------------------------------------------------------------
+# data
+def open_shard(path):
+    """The tokens of a file, memory-mapped: only what is used gets loaded. A .npy holds uint16 in
+    one dimension; a .bin, as in llm.c, 256 int32 (20240520, 1, the count, zeros), then uint16."""
+    with open(path, "rb") as file:
+        try:
+            if path.endswith(".npy"):
+                np.lib.format.read_magic(file)
+                shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+            else:
+                magic, version, count = np.frombuffer(file.read(1024), "<i4")[:3].tolist()
+                shape, dtype = (count,), "<u2" if (magic, version) == (20240520, 1) else None
+            if dtype != "<u2" or len(shape) != 1:
+                raise ValueError(f"{dtype} of shape {shape}")
+        except ValueError as error:
+            sys.exit(f"{path}: not a shard of uint16 tokens ({error}); make it with fineweb.py")
+        start = file.tell()
+    found = (os.path.getsize(path) - start) / 2
+    if found != shape[0]:
+        sys.exit(f"{path}: expected {shape[0]} tokens, found {found:g}; fetch or make it anew")
+    return np.memmap(path, "<u2", mode="r", offset=start, shape=shape)
+
+@functools.lru_cache(maxsize=8)
+def permutation(n, seed, *more):
+    return np.arange(n) if seed is None else np.random.default_rng([seed, *more]).permutation(n)
+
+class Tokens:
+    """A split ("train" or "val") as an endless order of windows of T + 1 tokens: T inputs and, one
+    place on, T targets. In each epoch the shards come in an order of their own, and in each shard
+    its windows: all is mixed, while only one shard is being read. The order follows from the seed
+    alone (None: that of the files), so that to resume, a number is enough."""
+    def __init__(self, data, split, T, vocab_size, seed=None):
+        self.T, self.vocab_size, self.seed = T, vocab_size, seed
+        if os.path.isfile(data):
+            text = np.memmap(data, mode="r") if os.path.getsize(data) else np.empty(0, np.uint8)
+            cut = len(text) - len(text) // 10  # the last tenth is the val split
+            shards = {data: text[:cut] if split == "train" else text[cut:]}
+        else:
+            paths = sorted(glob.glob(os.path.join(glob.escape(data), f"*{split}*")))
+            shards = {path: open_shard(path) for path in paths if path.endswith((".npy", ".bin"))}
+        short = [path for path, tokens in shards.items() if len(tokens) <= T]
+        if len(short) == len(shards):
+            sys.exit(f"{data}: no text or {split} shards of at least T + 1 = {T + 1} tokens; lower "
+                     f"--T, or make shards with python fineweb.py --out={data}")
+        if short:
+            print(f"warning: skipping {', '.join(short)}: less than T + 1 = {T + 1} tokens")
+        self.shards = [(path, tokens) for path, tokens in shards.items() if path not in short]
+        self.counts = [(len(tokens) - 1) // T for _, tokens in self.shards]  # windows in each
+        self.n_windows = sum(self.counts)
+        self.checked = set()
+
+    def fingerprint(self):
+        """A hash of each shard's length and first 64k tokens, by which to notice other data."""
+        parts = [b"%d " % len(tokens) + tokens[:1 << 16].tobytes() for _, tokens in self.shards]
+        return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+
+    def window(self, i):
+        """Place i in the order -> T + 1 tokens; exits where their shard holds one out of range."""
+        epoch, i = divmod(i, self.n_windows)
+        for shard in permutation(len(self.shards), self.seed, epoch).tolist():
+            if i < self.counts[shard]:
+                break
+            i -= self.counts[shard]
+        start = permutation(self.counts[shard], self.seed, epoch, shard)[i] * self.T
+        path, tokens = self.shards[shard]
+        if path not in self.checked and tokens.max() >= self.vocab_size:
+            at = np.argmax(tokens >= self.vocab_size)
+            sys.exit(f"{path}: token {tokens[at]} at offset {at}, but the vocabulary has only "
+                     f"{self.vocab_size}; make the shard anew with GPT-2's tokenizer")
+        self.checked.add(path)
+        return tokens[start:start + self.T + 1]
+
+    def batch(self, first, B, device):
+        """The B windows from place `first` on -> inputs, targets: (B, T) each, int64, on device."""
+        ids = torch.from_numpy(np.stack([self.window(first + i) for i in range(B)], dtype=np.int64))
+        ids = ids.pin_memory() if device == "cuda" else ids  # so that nothing waits for the copy
+        ids = ids.to(device, non_blocking=True)
+        return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+# -----------------------------------------------------------------------------
+# optimizer and schedule
+def orthogonalize(m):
+    """Matrices U S V^T (..., rows, columns), rows <= columns, S singular values -> about U V^T: all
+    directions get one strength. Newton-Schulz: an odd polynomial drives S towards 1."""
+    x = m.bfloat16() if m.is_cuda else m  # precise enough for a direction, but slow on most CPUs
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x
+    return x
+
+class Muon(torch.optim.AdamW):
+    """AdamW, but in groups with a muon_momentum each matrix steps along its averaged gradient made
+    orthogonal, to learn rare directions as fast as common ones (Jordan 2024), and of AdamW's size,
+    so that one learning rate serves both (Liu et al. 2025, arXiv 2502.16982, section 2.2).
+    torch.optim.Muon does its products in bfloat16, which is very slow on most CPUs."""
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"] if group["muon_momentum"] else []:
+                state, (rows, columns) = self.state[p], p.shape
+                if not state:  # AdamW, when it loads a state, looks for its step
+                    state.update(step=torch.zeros(()), momentum_buffer=torch.zeros_like(p))
+                average = state["momentum_buffer"].lerp_(p.grad, 1 - group["muon_momentum"])
+                m = p.grad.lerp(average, group["muon_momentum"])  # Nesterov's: one step ahead
+                m = m.reshape(-1, min(rows, columns), columns)  # q, k, v and c_fc's quarters apart
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(orthogonalize(m).view(p.shape), alpha=-group["lr"] * 0.2 * columns ** 0.5)
+                p.grad = None  # for AdamW to pass it over
+        return super().step(closure)
+
+def make_optimizer(model, name, weight_decay, betas, momentum, fused):
+    """AdamW for all, or Muon for the blocks' matrices; biases and LayerNorms are not decayed."""
+    groups = {"matrices": [], "embeddings": [], "vectors": []}
+    for n, p in model.named_parameters():
+        groups["vectors" if p.dim() < 2 else "matrices" if ".h." in n else "embeddings"].append(p)
+    return Muon([{"params": params, "weight_decay": 0.0 if kind == "vectors" else weight_decay,
+                  "muon_momentum": momentum if (kind, name) == ("matrices", "muon") else 0.0}
+                 for kind, params in groups.items()], betas=betas, fused=fused)
+
+def get_lr(step, max_lr, min_lr, warmup_steps, max_steps):
+    """Linear warmup, while AdamW's averages are still empty, then half a cosine: far, then fine."""
+    if step < warmup_steps:
+        return max_lr * (step + 1) / warmup_steps
+    progress = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
+    return min_lr + (max_lr - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+# -----------------------------------------------------------------------------
+# evaluation
+def sum_over_ranks(values, device):
+    """Adds up lists of floats, one from each process, for all of them to get."""
+    if dist.is_initialized():
+        sums = torch.tensor(values, dtype=torch.float64, device=device)
+        dist.all_reduce(sums)
+        values = sums.tolist()
+    return values
+
+@torch.no_grad()
+def evaluate(model, tokens, n_windows, B, rank, world_size, device, autocast):
+    """The mean loss (nats per token) over the first n_windows windows; the ranks share them."""
+    model.eval()
+    total = 0.0
+    for first in range(rank * B, n_windows, world_size * B):
+        x, y = tokens.batch(first, min(B, n_windows - first), device)
+        with autocast:
+            total += model(x, y).item() * len(x)
+    model.train()
+    return sum_over_ranks([total], device)[0] / n_windows
+
+def sample(model, encode, decode, prompt, n, length, temperature, top_k, seed, device, autocast):
+    """n texts: the prompt, continued by `length` tokens; the same for the same weights and seed."""
+    idx = torch.tensor([encode(prompt or "\n")] * n, device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    model.eval()
+    with autocast:
+        idx = model.generate(idx, length, temperature, top_k, generator)
+    model.train()
+    return [decode(ids) for ids in idx.tolist()]
+
+def text_codec(n_tokens):
+    """Functions text -> ids and ids -> text: bytes for 256 tokens, else GPT-2's BPE; or None."""
+    if n_tokens == 256:
+        return (lambda text: list(text.encode(errors="surrogateescape")),
+                lambda ids: bytes(ids).decode(errors="replace"))
+    try:
+        import tiktoken
+        bpe = tiktoken.get_encoding("gpt2")
+        return lambda text: bpe.encode(text, allowed_special="all"), bpe.decode
+    except Exception as error:  # of many kinds; as a rule, there is no network
+        print(f"no samples: can't fetch GPT-2's tokenizer, see TIKTOKEN_CACHE_DIR: {error!r:.200}")
+
+# -----------------------------------------------------------------------------
+# logging and checkpoints
+# dense bf16 FLOP/s (V100, T4: fp16), from the data sheets; the first name found in the device's
+PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "L40S": 362e12,
+              "A100": 312e12, "4090": 165e12, "V100": 125e12, "L4": 121e12, "T4": 65e12}
+
+def open_log(log_dir, start, header):
+    """Opens log_dir/log.jsonl, locked against a second run. A fresh run (start=None) moves an
+    earlier one aside, to log_dir-1, -2, ...; a resumed one cuts what was logged from start on."""
+    path = os.path.join(log_dir, "log.jsonl")
+    try:
+        os.makedirs(log_dir, exist_ok=True)
+        log_file = open(path, "a+", encoding="utf-8", buffering=1)  # every line at once
+        if os.name == "posix":
+            import fcntl
+            fcntl.flock(log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        why = "another run is writing there" if isinstance(error, BlockingIOError) else error
+        sys.exit(f"--log_dir={log_dir}: {why}; choose another folder")
+    if start is None and (os.path.getsize(path) or checkpoint_paths(log_dir)):
+        names = (f"{os.path.normpath(log_dir)}-{n}" for n in itertools.count(1))
+        aside = next(name for name in names if not os.path.exists(name))
+        log_file.close()
+        os.rename(log_dir, aside)
+        print(f"moved the earlier run in {log_dir} to {aside}")
+        return open_log(log_dir, start, header)
+    log_file.seek(0)
+    kept = list(itertools.takewhile(
+        lambda line: line.endswith("\n") and json.loads(line).get("step", -1) < start, log_file))
+    log_file.truncate(sum(map(len, kept)))
+    log_file.write("" if kept else json.dumps(header) + "\n")
+    return log_file
+
+def log(log_file, wandb_run, line, **event):
+    """The one sink: a line for the console, the event as JSON for log.jsonl, and wandb where on."""
+    print(line, flush=True)
+    if log_file:
+        log_file.write(json.dumps(event) + "\n")
+    if wandb_run:
+        wandb_run.log(event, step=event["step"])
+
+def checkpoint_paths(log_dir):  # oldest first
+    paths = glob.glob(os.path.join(glob.escape(log_dir), "ckpt_*.pt"))
+    return sorted(paths, key=lambda path: (len(path), path))
+
+def save_checkpoint(log_dir, keep, checkpoint):
+    """Writes beside the final name, then renames: whenever we are killed, what has it is whole."""
+    path = os.path.join(log_dir, f"ckpt_{checkpoint['step']:06d}.pt")
+    with open(path + ".tmp", "wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path + ".tmp", path)
+    for old in checkpoint_paths(log_dir)[:-keep]:
+        os.remove(old)
+
+def load_checkpoint(log_dir):
+    """The newest checkpoint that loads; weights_only: as tensors and builtins, running no code."""
+    for path in reversed(checkpoint_paths(log_dir)):
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever a damaged or hostile file leads to
+            print(f"warning: {path} does not load, trying the one before it: {error!r:.200}")
+    sys.exit(f"--log_dir={log_dir}: no checkpoint there loads; start with --init_from=scratch")
+
+# -----------------------------------------------------------------------------
+# the run
+if __name__ == "__main__":
+    # torchrun sets these; plain python is a world of one
+    rank = int(os.environ.get("RANK", 0))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    sys.stdout = sys.stdout if rank == 0 else open(os.devnull, "w")  # rank 0 speaks for all
+    sys.stdout.reconfigure(errors="backslashreplace")  # an ASCII terminal must not end a run
+
+    def explain(kind, error, trace):  # one line where the reason lies outside the program
+        if "out of memory" in str(error) or "can't allocate memory" in str(error):
+            error = f"out of memory with --B={B}; try --B={B // 2 or 1}, or a smaller model"
+        elif not isinstance(error, OSError):
+            return sys.__excepthook__(kind, error, trace)
+        print(str(error).strip().partition("\n")[0], file=sys.stderr)
+    sys.excepthook = explain
+
+    # mistakes end here, before anything is built or moved
+    choices = {"device": [_gpu.type, "cpu"] if _gpu else ["cpu"], "optimizer": ["adamw", "muon"],
+               "dtype": ["auto", "bfloat16", "float16", "float32"]}
+    for name, allowed in choices.items():
+        if constants[name] not in allowed:
+            sys.exit(f"--{name}={constants[name]}: not one of {', '.join(allowed)} on this machine")
+    n_here, n_gpus = os.environ.get("LOCAL_WORLD_SIZE", 1), torch.accelerator.device_count()
+    if device != "cpu" and local_rank >= n_gpus:
+        sys.exit(f"{n_here} processes, but {n_gpus} GPUs here; try --nproc_per_node={n_gpus}")
+    if min(T, n_head) == 0 or n_embd % n_head:
+        sys.exit(f"n_embd={n_embd} must be a multiple of n_head={n_head}, and T={T} at least 1")
+    fits = [b for b in range(1, max(B, 1) + 1) if total_batch_size % (b * T * world_size) == 0]
+    if B not in fits or total_batch_size == 0:
+        fix = f"B={fits[-1]}" if fits else f"total_batch_size={max(B, 1) * T * world_size}"
+        sys.exit(f"total_batch_size={total_batch_size} is not a multiple of B * T * processes = "
+                 f"{B} * {T} * {world_size}; use --{fix}")
+    micro_steps = total_batch_size // (B * T * world_size)
+    n_tokens = 256 if os.path.isfile(data) else GPTConfig.vocab_size
+    train = Tokens(data, "train", T, n_tokens, seed)
+    val = Tokens(data, "val", T, n_tokens)
+    n_val = max(1, min(val_tokens // T, val.n_windows))
+    if train.n_windows < total_batch_size // T:
+        sys.exit(f"{data}: {train.n_windows} train windows of T + 1 tokens, but a step takes "
+                 f"{total_batch_size // T}; lower --total_batch_size or add data")
+
+    # float16 lacks float32's range, which bfloat16 has: its loss is scaled, lest gradients vanish
+    bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    best = "bfloat16" if device == "cpu" and bf16 else "float32"
+    if device == "cuda":
+        torch.cuda.set_device(local_rank)
+        torch.set_float32_matmul_precision("high")  # TF32 for what remains in float32
+        best = "bfloat16" if torch.cuda.get_device_capability() >= (8, 0) else "float16"
+    gpu = torch.cuda.get_device_name() if device == "cuda" else device
+    dtype = constants["dtype"] = best if dtype == "auto" else dtype
+    autocast = torch.autocast(device, getattr(torch, dtype), enabled=dtype != "float32")
+    scaler = torch.amp.GradScaler(device, enabled=dtype == "float16")
+    if world_size > 1:
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+
+    # start afresh, or from the newest checkpoint in log_dir, also when torchrun has restarted us
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    resume = init_from == "resume" or restarted and checkpoint_paths(log_dir) != []
+    config = constants | {"data_hash": train.fingerprint() + val.fingerprint()}
+    start, checkpoint = 0, load_checkpoint(log_dir) if resume else None
+    torch.manual_seed(seed)
+    if resume:
+        start, old = checkpoint["step"], checkpoint["config"] | {"init_from": init_from}
+        differ = {k: f"{k} was {old.get(k)}, is {v}" for k, v in config.items() if v != old.get(k)}
+        fixed = "data_hash seed T total_batch_size n_layer n_head n_embd optimizer".split()
+        if wrong := "; ".join(differ[name] for name in fixed if name in differ):
+            sys.exit(f"can't resume: {wrong}; set it back, or start anew with --init_from=scratch")
+        print("\n  ".join([f"resuming {log_dir} at step {start}", *differ.values()]))
+        gpt_config = GPTConfig(**old["model"] | {"dropout": dropout})
+    elif init_from == "scratch":
+        padded = math.ceil(n_tokens / 128) * 128  # 50257 -> 50304, which GPUs multiply faster
+        gpt_config = GPTConfig(T, padded, n_layer, n_head, n_embd, dropout)
+    else:
+        raw_model = GPT.from_pretrained(init_from, dropout)
+        gpt_config = raw_model.config
+    if T > gpt_config.block_size:
+        sys.exit(f"--T={T}: the model has a context of {gpt_config.block_size} tokens")
+    versions = {"torch": torch.__version__, "numpy": np.__version__, "device": gpu}
+    header = {"constants": constants, "versions": versions}
+    log_file = open_log(log_dir, start if resume else None, header) if rank == 0 else None
+    if resume or init_from == "scratch":
+        raw_model = GPT(gpt_config)
+    if resume:
+        raw_model.load_state_dict(checkpoint["model"])
+    raw_model.to(device)
+    config["model"] = dataclasses.asdict(gpt_config)
+    train.vocab_size = val.vocab_size = raw_model.n_tokens
+    if raw_model.n_tokens != n_tokens:
+        print(f"warning: {init_from} has {raw_model.n_tokens} tokens, {data} is made of {n_tokens}")
+    opt = make_optimizer(raw_model, optimizer, weight_decay, (beta1, beta2), momentum,
+                         fused=not scaler.is_enabled())
+    if resume:  # the state alone: weight decay and the like are today's
+        opt.load_state_dict(opt.state_dict() | {"state": checkpoint["optimizer"]["state"]})
+        scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())
+
+    # raw_model is evaluated, sampled and saved; model, with the same weights, trains: compiled, and
+    # in DDP, which averages the gradients of all processes while backward still computes others
+    ddp = DDP(raw_model, gradient_as_bucket_view=True) if world_size > 1 else raw_model
+    model = torch.compile(ddp) if compile else ddp
+
+    n_params = sum(p.numel() for p in raw_model.parameters())
+    # forward and backward: 6 for each weight but the positions', and attention's (nanoGPT's count)
+    flops_per_token = 6 * (n_params - raw_model.transformer.wpe.weight.numel())
+    flops_per_token += 12 * gpt_config.n_layer * gpt_config.n_embd * T
+    peak_flops = next((flops for name, flops in PEAK_FLOPS.items() if name in gpu), None)
+    print(f"{n_params:,} parameters in {dtype} on {world_size} x {gpu}; of {train.n_windows * T:,} "
+          f"tokens {world_size} x {micro_steps} x {B} x {T} = {total_batch_size:,} a step")
+    codec, wandb_run = text_codec(raw_model.n_tokens) if rank == 0 else None, None
+    if wandb_log and rank == 0:
+        import wandb
+        wandb_run = wandb.init(project=wandb_project, name=log_dir, dir=log_dir, config=config)
+    report = functools.partial(log, log_file, wandb_run)
+
+    signals = []  # the first lets its step end and be saved, a second one kills
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: (
+            signals.append(number), signal.signal(number, signal.SIG_DFL)))
+
+    last, stopped = max(start, max_steps), False
+    batch = train.batch((start * micro_steps * world_size + rank) * B, B, device)
+    for step in range(start, last + 1):
+        # what `step` updates have led to
+        final = step == last
+        if (final or val_every and step % val_every == 0) and not stopped:
+            loss = evaluate(raw_model, val, n_val, B, rank, world_size, device, autocast)
+            report(f"step {step:5d} | val loss {loss:.4f}", step=step, val_loss=loss)
+        if (final or sample_every and step and step % sample_every == 0) and codec and not stopped:
+            for text in sample(raw_model, *codec, prompt, n_samples, sample_tokens, temperature,
+                               top_k, seed, device, autocast):
+                report(f"step {step:5d} | sample: {text}\n", step=step, sample=text)
+        save = save_every and step > start and step % save_every == 0
+        if (save or final or stopped) and rank == 0:
+            save_checkpoint(log_dir, keep, {
+                "model": raw_model.state_dict(), "optimizer": opt.state_dict(),
+                "scaler": scaler.state_dict(), "step": step, "config": config})
+        if final or stopped:
+            break
+
+        # one update, on the mean gradient over micro_steps batches in each process
+        began = time.perf_counter()
+        lr = get_lr(step, max_lr, min_lr, warmup_steps, max_steps)
+        for group in opt.param_groups:
+            group["lr"] = lr
+        torch.manual_seed(seed + 1000003 * step + rank)  # a resumed step repeats its dropout
+        total = 0.0
+        for micro in range(micro_steps):
+            ddp.require_backward_grad_sync = micro == micro_steps - 1  # average once, at the end
+            with autocast:
+                loss = model(*batch) / micro_steps
+            scaler.scale(loss).backward()
+            total += loss.detach()
+            n = step * micro_steps + micro + 1  # while the GPU is busy, fetch its next batch
+            batch = train.batch((n * world_size + rank) * B, B, device)
+        scaler.unscale_(opt)
+        norm = nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf).item()
+        loss, stopped = sum_over_ranks([total.item() / world_size, len(signals)], device)
+        if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
+            sys.exit(f"step {step}: loss {loss}, gradient norm {norm}: stopped before this update; "
+                     "try --init_from=resume with a lower --max_lr")
+        scaler.step(opt)  # in float16, leaves out a step whose scaled gradients overflow
+        scaler.update()
+        opt.zero_grad(set_to_none=True)
+        dt = time.perf_counter() - began
+
+        if log_every and step % log_every == 0 or step == last - 1:
+            rate, left = total_batch_size / dt, dt * (last - 1 - step) / 60  # minutes
+            mfu = flops_per_token * rate / (world_size * peak_flops) if peak_flops else None
+            report(f"step {step:5d} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | "
+                   f"{dt * 1e3:.0f} ms | {rate:,.0f} tokens/s | " +
+                   (f"mfu {mfu:.1%} | " if mfu else "") + f"{left:.1f} min left", step=step,
+                   train_loss=loss, lr=lr, grad_norm=norm, dt=dt, tokens_per_sec=rate, mfu=mfu)
+
+    if rank == 0 and not stopped and n_tokens == GPTConfig.vocab_size:
+        raw_model.save_pretrained(os.path.join(log_dir, "hf"))
+    print(f"stopped at step {step}, --init_from=resume goes on" if stopped else f"done: {log_dir}")
+    if world_size > 1:
+        dist.barrier()  # rank 0 may still be saving
+        dist.destroy_process_group()
