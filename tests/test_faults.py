@@ -1,0 +1,211 @@
+"""What goes wrong around a run: folders, checkpoints, terminals, memory."""
+
+import os
+import pickle
+import resource
+import subprocess
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import command, kill, log_of, mistake, series, start, train, wait_for
+
+
+def test_an_earlier_run_is_moved_aside(text, tmp_path):
+    flags = f"--data={text}", f"--log_dir={tmp_path}/log", "--max_steps=2"
+    train(*flags)
+    first = (tmp_path / "log" / "log.jsonl").read_bytes()
+    assert f"{tmp_path}/log-1" in train(*flags, "--seed=2").stdout
+    second = (tmp_path / "log" / "log.jsonl").read_bytes()
+    assert f"{tmp_path}/log-2" in train(*flags, "--seed=3").stdout
+    assert (tmp_path / "log-1" / "log.jsonl").read_bytes() == first
+    assert (tmp_path / "log-2" / "log.jsonl").read_bytes() == second
+    assert (tmp_path / "log-2" / "ckpt_000002.pt").exists()
+
+
+def test_a_second_live_run_refuses(text, tmp_path):
+    flags = f"--data={text}", f"--log_dir={tmp_path}/log"
+    process = start(*flags, "--max_steps=100000", "--save_every=5")
+    wait_for((tmp_path / "log" / "ckpt_000005.pt").exists, process)
+    for init_from in ("scratch", "resume"):
+        assert "another run" in mistake(*flags, "--max_steps=100000", f"--init_from={init_from}")
+    assert process.poll() is None
+    kill(process)
+    train(
+        *flags, "--init_from=resume", f"--max_steps={max(series(tmp_path / 'log', 'train_loss'))}"
+    )
+    assert not (tmp_path / "log-1").exists()
+
+
+def test_log_dir_that_cannot_be_written(text, tmp_path):
+    (tmp_path / "file").write_text("")
+    line = mistake(f"--data={text}", f"--log_dir={tmp_path}/file/log")
+    assert f"{tmp_path}/file/log" in line and "choose another folder" in line
+
+
+def test_data_that_has_changed(tmp_path):
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "val.npy", rng.integers(0, 50257, 3000, dtype=np.uint16))
+    np.save(tmp_path / "train.npy", rng.integers(0, 50257, 20000, dtype=np.uint16))
+    flags = f"--data={tmp_path}", f"--log_dir={tmp_path}/log", "--max_steps=2"
+    train(*flags)
+    np.save(tmp_path / "train.npy", rng.integers(0, 50257, 20000, dtype=np.uint16))
+    assert "data_hash" in mistake(*flags, "--init_from=resume")
+
+
+def test_checkpoint_of_another_run(text, tmp_path):
+    flags = f"--data={text}", f"--log_dir={tmp_path}/log", "--max_steps=2"
+    train(*flags)
+    before = sorted((path.name, path.read_bytes()) for path in (tmp_path / "log").iterdir())
+    line = mistake(
+        *flags, "--init_from=resume", "--n_layer=1", "--seed=2", "--T=16", "--total_batch_size=256"
+    )
+    for change in (
+        "n_layer was 2, is 1",
+        "seed was 1337, is 2",
+        "T was 32, is 16",
+        "total_batch_size was 512",
+    ):
+        assert change in line
+    assert "val_tokens" not in line
+    assert before == sorted((path.name, path.read_bytes()) for path in (tmp_path / "log").iterdir())
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.system, ("touch pwned",)
+
+
+def test_a_damaged_or_hostile_checkpoint_is_not_used(text, tmp_path):
+    flags = f"--data={text}", f"--log_dir={tmp_path}/log", "--max_steps=4"
+    train(*flags, "--save_every=2")
+    newest = tmp_path / "log" / "ckpt_000004.pt"
+    torch.save({"model": Malicious()}, newest)
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(newest, weights_only=True)
+    result = train(*flags, "--init_from=resume")
+    assert (
+        "ckpt_000004.pt" in result.stdout
+        and "resuming" in result.stdout
+        and "at step 2" in result.stdout
+    )
+    assert not os.path.exists("pwned")
+    for path in (tmp_path / "log").glob("*.pt"):
+        path.write_bytes(path.read_bytes()[:5000])
+    before = log_of(tmp_path / "log")
+    assert "no checkpoint" in mistake(*flags, "--init_from=resume")
+    assert log_of(tmp_path / "log") == before
+
+
+def test_only_the_newest_are_kept(text, tmp_path):
+    train(
+        f"--data={text}", f"--log_dir={tmp_path}/log", "--max_steps=9", "--save_every=2", "--keep=2"
+    )
+    assert sorted(path.name for path in (tmp_path / "log").glob("*")) == [
+        "ckpt_000008.pt",
+        "ckpt_000009.pt",
+        "log.jsonl",
+    ]
+
+
+def test_init_from_nowhere(text, tmp_path):
+    flags = f"--data={text}", f"--log_dir={tmp_path}/log", "--max_steps=1"
+    train(*flags)
+    before = sorted(tmp_path.rglob("*"))
+    assert "nowhere" in mistake(*flags, f"--init_from={tmp_path}/nowhere").lower()
+    assert sorted(tmp_path.rglob("*")) == before  # the earlier run stands where it stood
+
+
+def test_context_longer_than_the_pretrained(shards, tmp_path):
+    from train_gpt2 import GPT, GPTConfig
+
+    GPT(GPTConfig(block_size=16, n_layer=1, n_head=2, n_embd=8)).save_pretrained(tmp_path / "hf")
+    flags = (
+        f"--data={shards[0]}",
+        f"--log_dir={tmp_path}/log",
+        f"--init_from={tmp_path}/hf",
+        "--max_steps=1",
+    )
+    line = mistake(*flags)
+    assert "T=32" in line and "16" in line
+    train(*flags, "--T=16", "--B=16")
+
+
+def test_ascii_terminal(tmp_path):
+    """Samples of a text that is all beyond ASCII, in the C locale."""
+    (tmp_path / "greek.txt").write_text("μῆνιν ἄειδε θεὰ " * 2000, encoding="utf-8")
+    result = train(
+        f"--data={tmp_path}/greek.txt",
+        f"--log_dir={tmp_path}/log",
+        "--max_steps=2",
+        "--prompt=θεὰ",
+        env={
+            "LC_ALL": "C",
+            "PYTHONUTF8": "0",
+            "PYTHONCOERCECLOCALE": "0",
+            "PYTHONIOENCODING": "ascii",
+        },
+    )
+    assert "\\u03b8" in result.stdout
+    assert any(event.get("sample", "").startswith("θεὰ") for event in log_of(tmp_path / "log"))
+
+
+def test_a_clock_that_jumps(text, tmp_path):
+    """time.time() goes back and forth by years; the reported times stay what they are."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import random, time\ntime.time = lambda: random.uniform(0, 4e9)\n"
+    )
+    flags = f"--data={text}", f"--log_dir={tmp_path}/log", "--max_steps=5"
+    began = time.perf_counter()
+    train(*flags, env={"PYTHONPATH": str(tmp_path)})
+    seconds = time.perf_counter() - began
+    assert 0 < sum(series(tmp_path / "log", "dt").values()) < seconds
+    assert all(rate > 0 for rate in series(tmp_path / "log", "tokens_per_sec").values())
+
+
+def test_out_of_memory(shards, tmp_path):
+    """A batch beyond a limit of 5 GB on the address space."""
+    result = subprocess.run(
+        command(
+            f"--data={shards[0]}",
+            f"--log_dir={tmp_path}/log",
+            "--B=512",
+            "--total_batch_size=16384",
+            "--val_tokens=32",
+        ),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (5 << 30, 5 << 30)),
+    )
+    assert result.returncode == 1
+    assert result.stderr.strip().splitlines() == [
+        "out of memory with --B=512; try --B=256, or a smaller model"
+    ]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_cuda_out_of_memory(text, tmp_path):
+    line = mistake(
+        f"--data={text}",
+        f"--log_dir={tmp_path}/log",
+        "--device=cuda",
+        "--B=131072",
+        "--T=1",
+        "--total_batch_size=131072",
+        "--n_embd=65536",
+        "--n_layer=1",
+        "--val_tokens=1",
+    )
+    assert "try --B=65536" in line
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize(
+    "flags", [["--dtype=auto", "--compile=1"], ["--dtype=float16"], ["--dtype=float32"]]
+)
+def test_cuda(text, tmp_path, flags):
+    train(f"--data={text}", f"--log_dir={tmp_path}/log", "--max_steps=20", "--device=cuda", *flags)
+    losses = series(tmp_path / "log", "train_loss")
+    assert losses[19] < losses[0] - 0.3

@@ -1,0 +1,379 @@
+"""Whole runs: the same on any number of processes, resumed, compiled, stopped, exported."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from conftest import (
+    assert_same_tensors,
+    command,
+    finish,
+    kill,
+    log_of,
+    series,
+    start,
+    train,
+    wait_for,
+)
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def straight(text, tmp_path_factory):
+    """Twelve steps of one process, B = 8 in two micro-steps."""
+    log_dir = tmp_path_factory.mktemp("straight") / "log"
+    result = train(f"--data={text}", f"--log_dir={log_dir}", "--max_steps=12")
+    return log_dir, result.stdout
+
+
+def test_log(straight):
+    log_dir, stdout = straight
+    first = json.loads((log_dir / "log.jsonl").read_text().splitlines()[0])
+    assert first["constants"]["n_embd"] == 32 and first["versions"]["torch"] == torch.__version__
+    losses, val = series(log_dir, "train_loss"), series(log_dir, "val_loss")
+    assert list(losses) == list(range(12)) and list(val) == [0, 10, 12]
+    assert losses[0] == pytest.approx(math.log(256), abs=0.1) and losses[11] < losses[0]
+    assert val[12] < val[0]
+    event = next(event for event in log_of(log_dir) if "train_loss" in event)
+    assert set(event) == {"step", "train_loss", "lr", "grad_norm", "dt", "tokens_per_sec", "mfu"}
+    assert event["tokens_per_sec"] == pytest.approx(512 / event["dt"])
+    samples = [event for event in log_of(log_dir) if "sample" in event]
+    assert [event["step"] for event in samples] == [12, 12]
+    assert all(event["sample"] in stdout for event in samples)
+    assert log_of(log_dir)[-1]["step"] == 12
+
+
+def test_checkpoint(straight):
+    log_dir, _ = straight
+    assert sorted(path.name for path in log_dir.iterdir()) == ["ckpt_000012.pt", "log.jsonl"]
+    checkpoint = load(log_dir / "ckpt_000012.pt")
+    assert {"model", "optimizer", "step", "config"} <= checkpoint.keys()
+    assert checkpoint["step"] == 12 and checkpoint["config"]["T"] == 32
+    assert "transformer.h.0.attn.c_attn.weight" in checkpoint["model"]
+
+
+def test_reported_losses_are_those_of_the_checkpoint(text, straight):
+    """Worked out from the files alone: the val loss of the saved weights on the last tenth."""
+    import numpy as np
+
+    from train_gpt2 import GPT, GPTConfig
+
+    log_dir, _ = straight
+    checkpoint = load(log_dir / "ckpt_000012.pt")
+    model = GPT(GPTConfig(**checkpoint["config"]["model"])).eval()
+    model.load_state_dict(checkpoint["model"])
+    val = np.frombuffer(text.read_bytes(), np.uint8)[-12000:].astype(int)
+    windows = torch.tensor(np.stack([val[i * 32 : i * 32 + 33] for i in range(2000 // 32)]))
+    with torch.no_grad():
+        loss = model(windows[:, :-1], windows[:, 1:]).item()
+    assert series(log_dir, "val_loss")[12] == pytest.approx(loss, abs=1e-4)
+
+
+@pytest.mark.parametrize("how", [{"B": 2}, {"B": 4, "processes": 2}])
+def test_the_same_losses_for_any_topology(straight, text, tmp_path, how):
+    log_dir, _ = straight
+    B = how.pop("B")
+    train(f"--data={text}", f"--log_dir={tmp_path}/log", "--max_steps=12", f"--B={B}", **how)
+    for name in ("train_loss", "grad_norm", "val_loss"):
+        expected, found = series(log_dir, name), series(tmp_path / "log", name)
+        assert found.keys() == expected.keys()
+        for step in expected:
+            assert found[step] == pytest.approx(expected[step], abs=2e-4), (name, step)
+
+
+@pytest.mark.parametrize("processes, optimizer", [(1, "muon"), (2, "adamw")])
+def test_exact_resume_after_kill(text, tmp_path, processes, optimizer):
+    flags = (
+        f"--data={text}",
+        "--max_steps=40",
+        "--dropout=0.1",
+        "--save_every=20",
+        "--B=4",
+        "--total_batch_size=1024",
+        "--n_embd=64",
+        f"--optimizer={optimizer}",
+        "--keep=9",
+    )
+    how = {"processes": processes}
+    train(*flags, f"--log_dir={tmp_path}/a", **how)
+    process = start(*flags, f"--log_dir={tmp_path}/b", **how)
+    wait_for((tmp_path / "b" / "ckpt_000020.pt").exists, process)
+    kill(process)
+    assert not (tmp_path / "b" / "ckpt_000040.pt").exists()
+    assert (
+        "resuming" in train(*flags, f"--log_dir={tmp_path}/b", "--init_from=resume", **how).stdout
+    )
+    a, b = (load(tmp_path / run / "ckpt_000040.pt") for run in "ab")
+    assert_same_tensors(a["model"], b["model"])
+    assert_same_tensors(a["optimizer"], b["optimizer"])
+    assert list(series(tmp_path / "b", "train_loss")) == list(range(40))
+    assert series(tmp_path / "a", "train_loss") == series(tmp_path / "b", "train_loss")
+    assert series(tmp_path / "a", "val_loss") == series(tmp_path / "b", "val_loss")
+
+
+def test_resume_with_other_batch_and_processes(straight, text, tmp_path):
+    """The tokens stay the same, and so do the losses."""
+    log_dir, _ = straight
+    flags = f"--data={text}", f"--log_dir={tmp_path}/log"
+    train(*flags, "--max_steps=12", "--save_every=6", "--keep=0")
+    (tmp_path / "log" / "ckpt_000012.pt").unlink()
+    result = train(*flags, "--max_steps=12", "--init_from=resume", "--B=4", processes=2)
+    assert "B was 8, is 4" in result.stdout
+    for step, loss in series(log_dir, "train_loss").items():
+        assert series(tmp_path / "log", "train_loss")[step] == pytest.approx(loss, abs=2e-4)
+
+
+def test_resume_at_the_end_evaluates_and_is_done(straight, text):
+    log_dir, _ = straight
+    before = log_of(log_dir)
+    result = train(f"--data={text}", f"--log_dir={log_dir}", "--max_steps=12", "--init_from=resume")
+    assert "done" in result.stdout
+    assert log_of(log_dir) == before
+
+
+def test_today_s_constants_hold_when_resuming(straight, text, tmp_path):
+    """Not those stored with the optimizer."""
+    shutil.copytree(straight[0], tmp_path / "log")
+    train(
+        f"--data={text}",
+        f"--log_dir={tmp_path}/log",
+        "--max_steps=13",
+        "--init_from=resume",
+        "--weight_decay=0.25",
+        "--beta2=0.99",
+        "--dropout=0.2",
+    )
+    checkpoint = load(tmp_path / "log" / "ckpt_000013.pt")
+    assert checkpoint["optimizer"]["param_groups"][0]["weight_decay"] == 0.25
+    assert checkpoint["optimizer"]["param_groups"][0]["betas"][1] == 0.99
+    assert checkpoint["config"]["model"]["dropout"] == 0.2
+
+
+def test_dropout_is_on_again_after_an_evaluation(straight, text, tmp_path):
+    train(f"--data={text}", f"--log_dir={tmp_path}/log", "--max_steps=1", "--dropout=0.5")
+    assert series(tmp_path / "log", "val_loss")[0] == series(straight[0], "val_loss")[0]
+    losses = [series(log_dir, "train_loss")[0] for log_dir in (straight[0], tmp_path / "log")]
+    assert abs(losses[0] - losses[1]) > 1e-4
+
+
+def test_gradient_clipping(text, tmp_path):
+    """Clipped to next to nothing, far below AdamW's epsilon, gradients move nothing."""
+    flags = (
+        f"--data={text}",
+        "--max_steps=3",
+        "--optimizer=adamw",
+        "--weight_decay=0",
+        "--val_every=1",
+    )
+    for clip in ("1e-12", "0"):
+        train(*flags, f"--grad_clip={clip}", f"--log_dir={tmp_path}/{clip}")
+    clipped, free = (series(tmp_path / clip, "val_loss") for clip in ("1e-12", "0"))
+    assert clipped[3] == pytest.approx(clipped[0], abs=1e-4)
+    assert free[3] < free[0] - 0.01
+    assert (
+        series(tmp_path / "1e-12", "grad_norm")[0] > 1
+    )  # what is logged is the norm that was clipped
+
+
+def test_compiled(straight, text, tmp_path):
+    """Trains, evaluates and samples; its checkpoint loads without; the losses are the same."""
+    flags = f"--data={text}", f"--log_dir={tmp_path}/log"
+    train(*flags, "--max_steps=5", "--compile=1", "--sample_every=3", "--val_every=3")
+    assert [event["step"] for event in log_of(tmp_path / "log") if "sample" in event] == [
+        3,
+        3,
+        5,
+        5,
+    ]
+    assert (
+        load(tmp_path / "log" / "ckpt_000005.pt")["model"].keys()
+        == load(straight[0] / "ckpt_000012.pt")["model"].keys()
+    )
+    train(*flags, "--max_steps=12", "--init_from=resume")
+    for step, loss in list(series(straight[0], "train_loss").items())[:5]:
+        assert series(tmp_path / "log", "train_loss")[step] == pytest.approx(loss, abs=2e-3)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_stop_signal(text, tmp_path, number, processes):
+    flags = (
+        f"--data={text}",
+        f"--log_dir={tmp_path}/log",
+        "--max_steps=5000",
+        "--save_every=0",
+        "--B=4",
+    )
+    process = start(*flags, processes=processes)
+    log = tmp_path / "log" / "log.jsonl"
+    wait_for(lambda: log.exists() and '"step": 5, "train_loss"' in log.read_text(), process)
+    os.kill(process.pid, number)
+    result = finish(process)
+    if processes == 1:
+        assert result.returncode == 0 and not result.stderr
+    ours = [line for line in result.stderr.splitlines() if "train_gpt2.py" in line]
+    assert not ours, result.stderr  # torchrun reports its own end with a traceback of its own
+    (path,) = (tmp_path / "log").glob("*.pt")
+    step = load(path)["step"]
+    assert f"stopped at step {step}" in result.stdout
+    assert list(series(tmp_path / "log", "train_loss")) == list(range(step))
+    train(*flags, "--init_from=resume", f"--max_steps={step + 2}")
+    assert list(series(tmp_path / "log", "train_loss")) == list(range(step + 2))
+
+
+def test_a_second_signal_leaves_at_once(text, tmp_path):
+    """In a first step of a minute, which the first signal lets go on."""
+    process = start(
+        f"--data={text}",
+        f"--log_dir={tmp_path}/log",
+        "--total_batch_size=32768",
+        "--B=1",
+        "--n_embd=256",
+        "--n_layer=8",
+        "--val_tokens=1",
+    )
+    log = tmp_path / "log" / "log.jsonl"
+    wait_for(lambda: log.exists() and "val_loss" in log.read_text(), process)
+    process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=5) != 0
+    assert "Traceback" not in process.communicate()[1]
+    assert list((tmp_path / "log").glob("*.pt")) == []
+
+
+def test_shards_end_in_a_folder_for_transformers(shards, tmp_path):
+    """--data=folder trains on GPT-2's tokens; what comes of it can be started from."""
+    from transformers import GPT2LMHeadModel
+
+    from train_gpt2 import GPT, GPTConfig
+
+    flags = f"--data={shards[0]}", f"--log_dir={tmp_path}/log"
+    result = train(*flags, "--max_steps=3", "--prompt=Now is")
+    assert all(
+        event["sample"].startswith("Now is")
+        for event in log_of(tmp_path / "log")
+        if "sample" in event
+    )
+    losses = series(tmp_path / "log", "train_loss")
+    assert losses[0] == pytest.approx(math.log(50304), abs=0.1)
+    checkpoint = load(tmp_path / "log" / "ckpt_000003.pt")
+    assert checkpoint["model"]["lm_head.weight"].shape == (50304, 32)
+    model = GPT(GPTConfig(**checkpoint["config"]["model"])).eval()
+    model.load_state_dict(checkpoint["model"])
+    theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "log" / "hf").eval()
+    x = torch.randint(50257, (2, 32))
+    with torch.no_grad():
+        assert torch.allclose(theirs(x).logits, model(x)[:, :, :50257], atol=1e-4)
+
+    # --max_steps=0 evaluates, samples and leaves
+    result = train(
+        f"--data={shards[1]}",
+        f"--log_dir={tmp_path}/eval",
+        "--max_steps=0",
+        f"--init_from={tmp_path}/log/hf",
+    )
+    assert "val loss" in result.stdout and "sample" in result.stdout
+    assert series(tmp_path / "eval", "train_loss") == {}
+    found, expected = (
+        series(tmp_path / "eval", "val_loss")[0],
+        series(tmp_path / "log", "val_loss")[3],
+    )
+    assert found == pytest.approx(
+        expected, abs=0.01
+    )  # without the 47 rows of padding, a little less
+
+
+def test_float16_with_loss_scaling(text, tmp_path, straight):
+    train(f"--data={text}", f"--log_dir={tmp_path}/log", "--max_steps=12", "--dtype=float16")
+    assert load(tmp_path / "log" / "ckpt_000012.pt")["scaler"]["scale"] > 0
+    assert series(tmp_path / "log", "val_loss")[12] == pytest.approx(
+        series(straight[0], "val_loss")[12], abs=0.05
+    )
+
+
+def test_bfloat16(text, tmp_path, straight):
+    train(f"--data={text}", f"--log_dir={tmp_path}/log", "--max_steps=12", "--dtype=bfloat16")
+    assert series(tmp_path / "log", "val_loss")[12] == pytest.approx(
+        series(straight[0], "val_loss")[12], abs=0.05
+    )
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_every_parameter_is_in_one_group(optimizer):
+    from train_gpt2 import GPT, GPTConfig, make_optimizer
+
+    model = GPT(GPTConfig(block_size=8, vocab_size=256, n_layer=2, n_head=2, n_embd=16))
+    groups = make_optimizer(model, optimizer, 0.1, (0.9, 0.95), 0.95, fused=True).param_groups
+    named = {id(p): name for name, p in model.named_parameters()}
+    assert sorted(named) == sorted(id(p) for group in groups for p in group["params"])
+    for group in groups:
+        for p in group["params"]:
+            name = named[id(p)]
+            assert group["weight_decay"] == (0.1 if p.dim() == 2 else 0.0), name
+            assert bool(group["muon_momentum"]) == (
+                optimizer == "muon" and p.dim() == 2 and ".h." in name
+            )
+
+
+def test_adamw_is_torch_s(text, straight):
+    """Three updates of the loop's optimizer against torch.optim.AdamW."""
+    from train_gpt2 import GPT, GPTConfig, make_optimizer
+
+    x = torch.randint(256, (4, 9), generator=torch.Generator().manual_seed(0))
+    weights = []
+    for ours in (True, False):
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(block_size=8, vocab_size=256, n_layer=2, n_head=2, n_embd=16))
+        decay = [p for p in model.parameters() if p.dim() == 2]
+        rest = [p for p in model.parameters() if p.dim() == 1]
+        optimizer = (
+            make_optimizer(model, "adamw", 0.1, (0.9, 0.95), 0.95, fused=False)
+            if ours
+            else (
+                torch.optim.AdamW(
+                    [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
+                    betas=(0.9, 0.95),
+                )
+            )
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(x[:, :-1], x[:, 1:]).backward()
+            optimizer.step()
+        weights.append(model.state_dict())
+    for name in weights[0]:
+        assert torch.allclose(weights[0][name], weights[1][name], atol=1e-6), name
+
+
+def test_orthogonalize_against_the_singular_value_decomposition():
+    """The directions are the SVD's; the strengths come near 1, from wherever they were."""
+    from train_gpt2 import orthogonalize
+
+    torch.manual_seed(0)
+    m = torch.randn(2, 16, 48)
+    u, s, vt = torch.linalg.svd(m, full_matrices=False)
+    found = u.mT @ orthogonalize(m) @ vt.mT  # in the basis of the singular vectors
+    strengths = found.diagonal(dim1=-2, dim2=-1)
+    assert (found - torch.diag_embed(strengths)).abs().max() < 1e-3
+    assert 0.6 < strengths.min() and strengths.max() < 1.3 and s.max() / s.min() > 2
+
+
+def test_the_command_line_needs_no_folder(text, tmp_path):
+    """Launched from elsewhere, the log goes to where one stands."""
+    result = subprocess.run(
+        command(f"--data={text}", "--max_steps=1"), cwd=tmp_path, capture_output=True
+    )
+    assert result.returncode == 0 and (tmp_path / "log" / "baby" / "log.jsonl").exists()
