@@ -104,11 +104,12 @@ def test_exact_resume_after_kill(text, tmp_path, processes, optimizer):
         "--keep=9",
     )
     how = {"processes": processes}
-    train(*flags, f"--log_dir={tmp_path}/a", **how)
+    undisturbed = start(*flags, f"--log_dir={tmp_path}/a", **how)
     process = start(*flags, f"--log_dir={tmp_path}/b", **how)
     wait_for((tmp_path / "b" / "ckpt_000020.pt").exists, process)
     kill(process)
     assert not (tmp_path / "b" / "ckpt_000040.pt").exists()
+    assert finish(undisturbed).returncode == 0
     assert (
         "resuming" in train(*flags, f"--log_dir={tmp_path}/b", "--init_from=resume", **how).stdout
     )
@@ -174,8 +175,11 @@ def test_gradient_clipping(text, tmp_path):
         "--weight_decay=0",
         "--val_every=1",
     )
-    for clip in ("1e-12", "0"):
-        train(*flags, f"--grad_clip={clip}", f"--log_dir={tmp_path}/{clip}")
+    runs = [
+        start(*flags, f"--grad_clip={clip}", f"--log_dir={tmp_path}/{clip}")
+        for clip in ("1e-12", "0")
+    ]
+    assert [finish(run).returncode for run in runs] == [0, 0]
     clipped, free = (series(tmp_path / clip, "val_loss") for clip in ("1e-12", "0"))
     assert clipped[3] == pytest.approx(clipped[0], abs=1e-4)
     assert free[3] < free[0] - 0.01
