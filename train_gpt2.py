@@ -36,7 +36,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 # -----------------------------------------------------------------------------
 # constants
 argv = sys.argv[1:] if __name__ == "__main__" else []  # imported, the constants stay as they are
-chosen = dict(arg.removeprefix("--").partition("=")[::2] for arg in argv)
+chosen = dict(arg.removeprefix("--").partition("=")[::2] for arg in argv)  # name -> value
 
 # what to train on, and where: some defaults further down depend on it
 _here = os.path.dirname(os.path.abspath(__file__))
@@ -89,22 +89,22 @@ wandb_log, wandb_project = False, "gpt2"
 
 # --name=value overrides a constant for one launch
 constants = {k: v for k, v in globals().items() if k[0] != "_" and isinstance(v, (int, float, str))}
-forms = {bool: "0, 1, true or false", int: "a whole number", float: "a number", str: "text"}
-for arg in [arg for arg in argv if arg != "--help"]:
+forms = {bool: "0, 1, true or false", int: "an integer >= 0", float: "a number >= 0", str: "text"}
+for arg in [arg for arg in argv if arg not in ("--help", "-h")]:
     name, _, value = arg.removeprefix("--").partition("=")
     if name not in constants:
         near = difflib.get_close_matches(name, constants, n=1, cutoff=0)[0]
         sys.exit(f"{arg}: no such constant; the nearest is --{near}={constants[near]}")
     kind = type(constants[name])
     try:
-        if not arg.startswith("--") or "=" not in arg or kind is int and not value.isdecimal():
-            raise ValueError
         value = ["0", "1", "false", "true"].index(value.lower()) % 2 if kind is bool else value
+        if not arg.startswith("--") or "=" not in arg or kind is not str and not kind(value) >= 0:
+            raise ValueError
         constants[name] = kind(value)
     except ValueError:
         sys.exit(f"{arg}: expected --{name}= and {forms[kind]}, as in --{name}={constants[name]}")
 globals().update(constants)
-if "--help" in argv:
+if {"--help", "-h"} & set(argv):
     print(__doc__, *(f"--{name}={value!r}" for name, value in constants.items()), sep="\n")
     sys.exit()
 
@@ -283,8 +283,8 @@ class Tokens:
             shards = {path: open_shard(path) for path in paths if path.endswith((".npy", ".bin"))}
         short = [path for path, tokens in shards.items() if len(tokens) <= T]
         if len(short) == len(shards):
-            sys.exit(f"{data}: no text or {split} shards of at least T + 1 = {T + 1} tokens; lower "
-                     f"--T, or make shards with python fineweb.py --out={data}")
+            why = f"no {split} window of T + 1 = {T + 1}" if os.path.exists(data) else "not found"
+            sys.exit(f"{data}: {why}; need a text file, or shards: python fineweb.py --out={data}")
         if short:
             print(f"warning: skipping {', '.join(short)}: less than T + 1 = {T + 1} tokens")
         self.shards = [(path, tokens) for path, tokens in shards.items() if path not in short]
@@ -324,7 +324,7 @@ class Tokens:
 # optimizer and schedule
 def orthogonalize(m):
     """Matrices U S V^T (..., rows, columns), rows <= columns, S singular values -> about U V^T: all
-    directions get one strength. Newton-Schulz: an odd polynomial drives S towards 1."""
+    directions get one strength. Newton-Schulz: Jordan's odd polynomial takes S to around 1."""
     x = m.bfloat16() if m.is_cuda else m  # precise enough for a direction, but slow on most CPUs
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(5):
@@ -348,6 +348,7 @@ class Muon(torch.optim.AdamW):
                 m = p.grad.lerp(average, group["muon_momentum"])  # Nesterov's: one step ahead
                 m = m.reshape(-1, min(rows, columns), columns)  # q, k, v and c_fc's quarters apart
                 p.mul_(1 - group["lr"] * group["weight_decay"])
+                # orthogonal matrices have entries around 1/sqrt(columns), AdamW's steps around 0.2
                 p.add_(orthogonalize(m).view(p.shape), alpha=-group["lr"] * 0.2 * columns ** 0.5)
                 p.grad = None  # for AdamW to pass it over
         return super().step(closure)
@@ -410,15 +411,15 @@ def text_codec(n_tokens):
         bpe = tiktoken.get_encoding("gpt2")
         return lambda text: bpe.encode(text, allowed_special="all"), bpe.decode
     except Exception as error:  # of many kinds; as a rule, there is no network
-        print(f"no samples: can't fetch GPT-2's tokenizer, see TIKTOKEN_CACHE_DIR: {error!r:.200}")
+        print(f"no samples: can't fetch GPT-2's tokenizer ({type(error).__name__}), see README.md")
 
 # -----------------------------------------------------------------------------
 # logging and checkpoints
 # dense bf16 FLOP/s (V100, T4: fp16), from the data sheets; the first name found in the device's
-PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "L40S": 362e12,
-              "A100": 312e12, "4090": 165e12, "V100": 125e12, "L4": 121e12, "T4": 65e12}
+PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12,
+              "A100": 312e12, "RTX 4090": 165e12, "V100": 125e12, "T4": 65e12}
 
-def open_log(log_dir, start, header):
+def open_log(log_dir, start, head):
     """Opens log_dir/log.jsonl, locked against a second run. A fresh run (start=None) moves an
     earlier one aside, to log_dir-1, -2, ...; a resumed one cuts what was logged from start on."""
     path = os.path.join(log_dir, "log.jsonl")
@@ -437,12 +438,12 @@ def open_log(log_dir, start, header):
         log_file.close()
         os.rename(log_dir, aside)
         print(f"moved the earlier run in {log_dir} to {aside}")
-        return open_log(log_dir, start, header)
+        return open_log(log_dir, start, head)
     log_file.seek(0)
     kept = list(itertools.takewhile(
         lambda line: line.endswith("\n") and json.loads(line).get("step", -1) < start, log_file))
     log_file.truncate(sum(map(len, kept)))
-    log_file.write("" if kept else json.dumps(header) + "\n")
+    log_file.write("" if kept else json.dumps(head) + "\n")
     return log_file
 
 def log(log_file, wandb_run, line, **event):
@@ -465,7 +466,8 @@ def save_checkpoint(log_dir, keep, checkpoint):
         file.flush()
         os.fsync(file.fileno())
     os.replace(path + ".tmp", path)
-    for old in checkpoint_paths(log_dir)[:-keep]:
+    paths = checkpoint_paths(log_dir)  # any later one did not load, or this would not be written
+    for old in paths[:paths.index(path) + 1][:-keep]:
         os.remove(old)
 
 def load_checkpoint(log_dir):
@@ -495,7 +497,7 @@ if __name__ == "__main__":
         print(str(error).strip().partition("\n")[0], file=sys.stderr)
     sys.excepthook = explain
 
-    # mistakes end here, before anything is built or moved
+    # mistakes in the constants and the data end here, before anything is built or moved
     choices = {"device": [_gpu.type, "cpu"] if _gpu else ["cpu"], "optimizer": ["adamw", "muon"],
                "dtype": ["auto", "bfloat16", "float16", "float32"]}
     for name, allowed in choices.items():
@@ -504,13 +506,12 @@ if __name__ == "__main__":
     n_here, n_gpus = os.environ.get("LOCAL_WORLD_SIZE", 1), torch.accelerator.device_count()
     if device != "cpu" and local_rank >= n_gpus:
         sys.exit(f"{n_here} processes, but {n_gpus} GPUs here; try --nproc_per_node={n_gpus}")
-    if min(T, n_head) == 0 or n_embd % n_head:
-        sys.exit(f"n_embd={n_embd} must be a multiple of n_head={n_head}, and T={T} at least 1")
+    if min(T, n_head) == 0 or n_embd % n_head or max(dropout, beta1, beta2) >= 1:
+        sys.exit(f"need n_embd={n_embd} % n_head={n_head} == 0, T={T} > 0, dropout and betas < 1")
     fits = [b for b in range(1, max(B, 1) + 1) if total_batch_size % (b * T * world_size) == 0]
     if B not in fits or total_batch_size == 0:
         fix = f"B={fits[-1]}" if fits else f"total_batch_size={max(B, 1) * T * world_size}"
-        sys.exit(f"total_batch_size={total_batch_size} is not a multiple of B * T * processes = "
-                 f"{B} * {T} * {world_size}; use --{fix}")
+        sys.exit(f"total_batch_size={total_batch_size} must divide by B * T * processes: --{fix}")
     micro_steps = total_batch_size // (B * T * world_size)
     n_tokens = 256 if os.path.isfile(data) else GPTConfig.vocab_size
     train = Tokens(data, "train", T, n_tokens, seed)
@@ -552,13 +553,14 @@ if __name__ == "__main__":
         padded = math.ceil(n_tokens / 128) * 128  # 50257 -> 50304, which GPUs multiply faster
         gpt_config = GPTConfig(T, padded, n_layer, n_head, n_embd, dropout)
     else:
+        if not os.path.isdir(init_from) and "/" not in init_from and init_from[:4] != "gpt2":
+            sys.exit(f"--init_from={init_from}: not scratch, resume, a folder, or a GPT-2 by name")
         raw_model = GPT.from_pretrained(init_from, dropout)
         gpt_config = raw_model.config
     if T > gpt_config.block_size:
         sys.exit(f"--T={T}: the model has a context of {gpt_config.block_size} tokens")
-    versions = {"torch": torch.__version__, "numpy": np.__version__, "device": gpu}
-    header = {"constants": constants, "versions": versions}
-    log_file = open_log(log_dir, start if resume else None, header) if rank == 0 else None
+    head = {"constants": constants, "torch": torch.__version__, "numpy": np.__version__, "gpu": gpu}
+    log_file = open_log(log_dir, start if resume else None, head) if rank == 0 else None
     if resume or init_from == "scratch":
         raw_model = GPT(gpt_config)
     if resume:
@@ -569,7 +571,7 @@ if __name__ == "__main__":
     if raw_model.n_tokens != n_tokens:
         print(f"warning: {init_from} has {raw_model.n_tokens} tokens, {data} is made of {n_tokens}")
     opt = make_optimizer(raw_model, optimizer, weight_decay, (beta1, beta2), momentum,
-                         fused=not scaler.is_enabled())
+                         fused=not scaler.is_enabled())  # the scaler leaves out whole steps
     if resume:  # the state alone: weight decay and the like are today's
         opt.load_state_dict(opt.state_dict() | {"state": checkpoint["optimizer"]["state"]})
         scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())
@@ -586,7 +588,7 @@ if __name__ == "__main__":
     peak_flops = next((flops for name, flops in PEAK_FLOPS.items() if name in gpu), None)
     print(f"{n_params:,} parameters in {dtype} on {world_size} x {gpu}; of {train.n_windows * T:,} "
           f"tokens {world_size} x {micro_steps} x {B} x {T} = {total_batch_size:,} a step")
-    codec, wandb_run = text_codec(raw_model.n_tokens) if rank == 0 else None, None
+    wandb_run, codec = None, text_codec(raw_model.n_tokens) if rank == 0 and n_samples else None
     if wandb_log and rank == 0:
         import wandb
         wandb_run = wandb.init(project=wandb_project, name=log_dir, dir=log_dir, config=config)
@@ -597,7 +599,7 @@ if __name__ == "__main__":
         signal.signal(number, lambda number, frame: (
             signals.append(number), signal.signal(number, signal.SIG_DFL)))
 
-    last, stopped = max(start, max_steps), False
+    last, stopped, launched = max(start, max_steps), False, time.perf_counter()
     batch = train.batch((start * micro_steps * world_size + rank) * B, B, device)
     for step in range(start, last + 1):
         # what `step` updates have led to
@@ -609,8 +611,7 @@ if __name__ == "__main__":
             for text in sample(raw_model, *codec, prompt, n_samples, sample_tokens, temperature,
                                top_k, seed, device, autocast):
                 report(f"step {step:5d} | sample: {text}\n", step=step, sample=text)
-        save = save_every and step > start and step % save_every == 0
-        if (save or final or stopped) and rank == 0:
+        if rank == 0 and (final or stopped or step and save_every and step % save_every == 0):
             save_checkpoint(log_dir, keep, {
                 "model": raw_model.state_dict(), "optimizer": opt.state_dict(),
                 "scaler": scaler.state_dict(), "step": step, "config": config})
@@ -636,15 +637,15 @@ if __name__ == "__main__":
         norm = nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf).item()
         loss, stopped = sum_over_ranks([total.item() / world_size, len(signals)], device)
         if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
-            sys.exit(f"step {step}: loss {loss}, gradient norm {norm}: stopped before this update; "
-                     "try --init_from=resume with a lower --max_lr")
+            sys.exit(f"step {step}: loss {loss}, gradient norm {norm}: stopped; lower --max_lr")
         scaler.step(opt)  # in float16, leaves out a step whose scaled gradients overflow
         scaler.update()
         opt.zero_grad(set_to_none=True)
         dt = time.perf_counter() - began
 
         if log_every and step % log_every == 0 or step == last - 1:
-            rate, left = total_batch_size / dt, dt * (last - 1 - step) / 60  # minutes
+            rate, minutes = total_batch_size / dt, (time.perf_counter() - launched) / 60
+            left = minutes / (step + 1 - start) * (last - 1 - step)
             mfu = flops_per_token * rate / (world_size * peak_flops) if peak_flops else None
             report(f"step {step:5d} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | "
                    f"{dt * 1e3:.0f} ms | {rate:,.0f} tokens/s | " +

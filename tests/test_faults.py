@@ -109,6 +109,36 @@ def test_only_the_newest_are_kept(text, tmp_path):
     ]
 
 
+def test_a_damaged_checkpoint_does_not_crowd_out_good_ones(text, tmp_path):
+    """A file that does not load, with a later step in its name, does not count as kept."""
+    flags = f"--data={text}", f"--log_dir={tmp_path}/log", "--keep=1"
+    train(*flags, "--max_steps=2")
+    (tmp_path / "log" / "ckpt_000009.pt").write_bytes(b"damaged")
+    train(*flags, "--max_steps=4", "--init_from=resume")
+    assert {path.name for path in (tmp_path / "log").glob("*.pt")} == {
+        "ckpt_000004.pt",
+        "ckpt_000009.pt",
+    }
+
+
+def test_no_samples(text, tmp_path):
+    train(f"--data={text}", f"--log_dir={tmp_path}/log", "--max_steps=1", "--n_samples=0")
+    assert (tmp_path / "log" / "ckpt_000001.pt").exists()
+    assert not any("sample" in event for event in log_of(tmp_path / "log"))
+
+
+def test_tokenizer_that_cannot_be_fetched(shards, tmp_path):
+    """No samples, said at the start; training goes on."""
+    result = train(
+        f"--data={shards[0]}",
+        f"--log_dir={tmp_path}/log",
+        "--max_steps=1",
+        env={"TIKTOKEN_CACHE_DIR": str(tmp_path / "cache"), "HTTPS_PROXY": "http://127.0.0.1:9"},
+    )
+    assert "no samples" in result.stdout and "TIKTOKEN" not in result.stderr
+    assert list(series(tmp_path / "log", "train_loss")) == [0]
+
+
 def test_init_from_nowhere(text, tmp_path):
     flags = f"--data={text}", f"--log_dir={tmp_path}/log", "--max_steps=1"
     train(*flags)

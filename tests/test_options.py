@@ -46,9 +46,9 @@ def test_every_constant_can_be_overridden(tmp_path):
 MISTAKES = {
     "--typo=1": "no such constant",
     "--n_laier=3": "--n_layer=",
-    "--B=abc": "whole number",
-    "--B=1.5": "whole number",
-    "--B=-4": "whole number",
+    "--B=abc": "integer",
+    "--B=1.5": "integer",
+    "--B=-4": "integer",
     "--B": "--B=",
     "B=4": "--B=",
     "--compile=maybe": "true or false",
@@ -60,6 +60,10 @@ MISTAKES = {
     "--T=0": "T=0",
     "--B=0": "--B=1",
     "--init_from=resume": "no checkpoint",
+    "--init_from=resum": "not scratch, resume",
+    "--dropout=1.5": "dropout",
+    "--max_lr=-1": "number >= 0",
+    "--data=nowhere": "nowhere: not found",
 }
 
 
@@ -69,7 +73,7 @@ def answers(text, tmp_path_factory):
     log_dir = tmp_path_factory.mktemp("mistakes") / "log"
     with ThreadPoolExecutor(2) as pool:
         lines = pool.map(
-            lambda flag: mistake(f"--data={text}", f"--log_dir={log_dir}", flag), MISTAKES
+            lambda flag: mistake(f"--data={text}", flag, f"--log_dir={log_dir}"), MISTAKES
         )
         answers = dict(zip(MISTAKES, lines, strict=True))
     assert not log_dir.exists()

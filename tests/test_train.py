@@ -38,7 +38,7 @@ def straight(text, tmp_path_factory):
 def test_log(straight):
     log_dir, stdout = straight
     first = json.loads((log_dir / "log.jsonl").read_text().splitlines()[0])
-    assert first["constants"]["n_embd"] == 32 and first["versions"]["torch"] == torch.__version__
+    assert first["constants"]["n_embd"] == 32 and first["torch"] == torch.__version__
     losses, val = series(log_dir, "train_loss"), series(log_dir, "val_loss")
     assert list(losses) == list(range(12)) and list(val) == [0, 10, 12]
     assert losses[0] == pytest.approx(math.log(256), abs=0.1) and losses[11] < losses[0]
