@@ -521,9 +521,8 @@ if __name__ == "__main__":
         sys.exit(f"{data}: {train.n_windows} train windows of T + 1 tokens, but a step takes "
                  f"{total_batch_size // T}; lower --total_batch_size or add data")
 
-    # float16 lacks float32's range, which bfloat16 has: its loss is scaled, lest gradients vanish
-    bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    best = "bfloat16" if device == "cpu" and bf16 else "float32"
+    # float16 lacks the range of float32 and bfloat16: scale its loss up, lest gradients vanish
+    best = ("float32", "bfloat16")[device == "cpu" and torch.cpu._is_avx512_bf16_supported()]
     if device == "cuda":
         torch.cuda.set_device(local_rank)
         torch.set_float32_matmul_precision("high")  # TF32 for what remains in float32
@@ -575,6 +574,7 @@ if __name__ == "__main__":
     if resume:  # the state alone: weight decay and the like are today's
         opt.load_state_dict(opt.state_dict() | {"state": checkpoint["optimizer"]["state"]})
         scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())
+        del checkpoint
 
     # raw_model is evaluated, sampled and saved; model, with the same weights, trains: compiled, and
     # in DDP, which averages the gradients of all processes while backward still computes others
