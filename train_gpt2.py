@@ -522,7 +522,7 @@ if __name__ == "__main__":
                  f"{total_batch_size // T}; lower --total_batch_size or add data")
 
     # float16 lacks the range of float32 and bfloat16: scale its loss up, lest gradients vanish
-    best = ("float32", "bfloat16")[device == "cpu" and torch.cpu._is_avx512_bf16_supported()]
+    best = "bfloat16" if device == "cpu" and torch.cpu._is_avx512_bf16_supported() else "float32"
     if device == "cuda":
         torch.cuda.set_device(local_rank)
         torch.set_float32_matmul_precision("high")  # TF32 for what remains in float32
