@@ -70,12 +70,12 @@ def shards(tmp_path_factory, environment):
     return folders
 
 
-def command(*flags, processes=1, tiny=True, script=ROOT / "train_gpt2.py"):
+def command(*flags, processes=1, tiny=True):
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     return [
         sys.executable,
         *(torchrun if processes > 1 else []),
-        str(script),
+        str(ROOT / "train_gpt2.py"),
         *(TINY if tiny else []),
         *map(str, flags),
     ]
@@ -98,7 +98,7 @@ def finish(process, timeout=180):
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        kill(process)
         raise
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
