@@ -1,0 +1,98 @@
+"""A hub on loopback that huggingface_hub's own client can talk to: it serves a folder as a dataset,
+with ranges, and can break connections off."""
+
+import hashlib
+import http.server
+import json
+import os
+import re
+import socket
+import struct
+import threading
+import time
+import urllib.parse
+from pathlib import Path
+
+COMMIT = "0123456789" * 4
+
+
+class Hub(http.server.ThreadingHTTPServer):
+    """requests lists (method, path, range) of all that was asked for. drops maps a file's name to
+    the number of bytes after which each of the first attempts at it breaks off: closed in order,
+    or reset (as by a firewall) if reset is set. A stalled file never comes."""
+
+    daemon_threads = True
+
+    def __init__(self, folder, repo, drops=None, reset=False, stalled=()):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.folder, self.repo, self.reset, self.stalled = Path(folder), repo, reset, stalled
+        self.drops = {name: list(counts) for name, counts in (drops or {}).items()}
+        self.requests = []
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def env(self, home):
+        """What the client needs to know, and a place for its cache."""
+        url = f"http://127.0.0.1:{self.server_port}"
+        return {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
+
+    def fetched(self):
+        """The names of the files asked for, once each, in the order of the first request."""
+        gets = [path for how, path, _ in self.requests if how == "GET" and "/resolve/" in path]
+        return list(dict.fromkeys(path.partition(COMMIT + "/")[2] for path in gets))
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        pass
+
+    def answer(self, status, body, headers=None, cut=None):
+        self.send_response(status)
+        for name, value in {**(headers or {}), "Content-Length": len(body)}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body[:cut])
+
+    def do_GET(self):
+        hub, path = self.server, urllib.parse.unquote(self.path.partition("?")[0])
+        hub.requests.append((self.command, path, self.headers.get("Range")))
+        if path in (f"/api/datasets/{hub.repo}", f"/api/datasets/{hub.repo}/revision/{COMMIT}"):
+            return self.answer(200, json.dumps({"id": hub.repo, "sha": COMMIT}).encode())
+        prefix = f"/api/datasets/{hub.repo}/tree/{COMMIT}"
+        folder = hub.folder / path.removeprefix(prefix).strip("/")
+        if path.startswith(prefix) and folder.is_dir():
+            entries = [
+                {
+                    "type": "directory" if entry.is_dir() else "file",
+                    "path": str(entry.relative_to(hub.folder)),
+                    "size": entry.stat().st_size,
+                    "oid": "",
+                }
+                for entry in folder.iterdir()
+            ]
+            return self.answer(200, json.dumps(entries).encode())
+        name = path.removeprefix(f"/datasets/{hub.repo}/resolve/{COMMIT}/")
+        if name == path or not (hub.folder / name).is_file():
+            return self.answer(404, b"", {"X-Error-Code": "EntryNotFound"})
+        while name in hub.stalled and self.command == "GET":
+            time.sleep(0.1)
+        body = (hub.folder / name).read_bytes()
+        etag = hashlib.sha256(body).hexdigest()
+        headers, status = {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT}, 200
+        if wanted := re.match(r"bytes=(\d+)-$", self.headers.get("Range", "")):
+            first, size, status = int(wanted[1]), len(body), 206
+            headers["Content-Range"] = f"bytes {first}-{size - 1}/{size}"
+            body = body[first:]
+        if self.command == "GET" and hub.drops.get(name):
+            self.answer(status, body, headers, cut=hub.drops[name].pop(0))
+            if hub.reset:
+                linger = struct.pack("ii", 1, 0)
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                os.close(self.connection.detach())
+            self.close_connection = True
+            return
+        self.answer(status, body, headers)
+
+    do_HEAD = do_GET

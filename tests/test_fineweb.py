@@ -1,0 +1,485 @@
+"""fineweb.py, run as a person would: real parquet, the real tokenizer, the hub's real client."""
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import ROOT, finish, series, train, write_bin
+from hub import COMMIT, Hub
+
+REPO = "HuggingFaceFW/fineweb-edu"
+SIZE = 100_000  # tokens in a shard
+
+
+def start(*flags, env=None, script=ROOT / "fineweb.py", **options):
+    return subprocess.Popen(
+        [sys.executable, str(script), *map(str, flags)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, **(env or {})},
+        **options,
+    )
+
+
+def make(*flags, **options):
+    """Runs to a good end; returns what it prints."""
+    result = finish(start(*flags, **options))
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def fail(*flags, **options):
+    """Runs into an error: exit status 1 and, after any progress bars, one line: returned."""
+    result = finish(start(*flags, **options))
+    assert result.returncode == 1, result.stdout + result.stderr
+    return last_line(result.stderr)
+
+
+def last_line(stderr):
+    lines = [line for line in stderr.replace("\r", "\n").splitlines() if line.strip(" \x1b[A")]
+    others = [line for line in lines if not line.startswith(("read: ", "made: "))]
+    assert len(others) == 1 and lines[-1] == others[0], stderr
+    return lines[-1]
+
+
+def shards_of(out):
+    """The shards in the order of their numbers."""
+    paths = sorted(out.glob("edufineweb_*.npy"), key=lambda path: path.name[-10:])
+    names = [f"edufineweb_{'train' if i else 'val'}_{i:06d}.npy" for i in range(len(paths))]
+    assert [path.name for path in paths] == names
+    return paths
+
+
+def assert_tokens(out, tokens, size=SIZE):
+    """The shards hold exactly these tokens, and `size` each but for the last."""
+    shards = [np.load(path) for path in shards_of(out)]
+    assert all(shard.dtype == np.uint16 for shard in shards)
+    assert [len(shard) for shard in shards[:-1]] == [size] * (len(shards) - 1)
+    assert 0 < len(shards[-1]) <= size
+    assert np.array_equal(np.concatenate(shards), tokens)
+    assert not list(out.glob("*.tmp"))
+
+
+def reference(texts):
+    """Three lines to compare with."""
+    import tiktoken
+
+    encode = tiktoken.get_encoding("gpt2").encode_ordinary
+    tokens = [[50256] + encode(text) for text in texts if text is not None]
+    return np.concatenate(tokens).astype(np.uint16)
+
+
+def write_parquet(path, texts, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ids = list(range(len(texts)))
+    pq.write_table(pa.table({"id": ids, "text": texts, "url": ["x"] * len(ids)}), path, **options)
+
+
+@pytest.fixture(scope="module")
+def texts():
+    """3,000 documents of mixed length, awkward ones among them."""
+    play, chance = (ROOT / "input.txt").read_text(), random.Random(0)
+    texts = []
+    for _ in range(3000):
+        start = chance.randrange(len(play) - 3000)
+        texts.append(play[start : start + chance.randrange(1, 3000)])
+    awkward = ["", None, play[:400_000], "a\0b\0\0", "😀👩‍👩‍👧‍👦" * 50, "a" * 20_000, "\ufeffBOM"]
+    awkward += ["before <|endoftext|> after", "<|endoftext|>", None, " " * 5000, "\r\n\r\n"]
+    awkward += ["漢字É" * 500]
+    for i, text in enumerate(awkward):
+        texts[200 * i] = text
+    return texts + [None, "the end"]
+
+
+@pytest.fixture(scope="module")
+def tokens(texts):
+    return reference(texts)
+
+
+@pytest.fixture(scope="module")
+def source(texts, tmp_path_factory):
+    """They in two files, one in many row groups and one in a single one."""
+    folder = tmp_path_factory.mktemp("source")
+    write_parquet(folder / "000.parquet", texts[:1000], row_group_size=137)
+    write_parquet(folder / "001.parquet", texts[1000:], compression="zstd")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def long(source, tokens, tmp_path_factory):
+    """A source that takes seconds, and its tokens: the files six times over."""
+    folder = tmp_path_factory.mktemp("long")
+    for i in range(6):
+        for path in source.iterdir():
+            os.link(path, folder / f"{i}-{path.name}")
+    return folder, np.tile(tokens, 6)
+
+
+@pytest.fixture
+def hub(source, tmp_path):
+    """The same on the hub."""
+    root = tmp_path / "hub"
+    (root / "sample").mkdir(parents=True)
+    (root / "sample" / "10BT").symlink_to(source)
+    (root / "README.md").write_text("not a parquet file")
+    with Hub(root, REPO) as server:
+        yield server
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_tokens_equal_a_reference(source, texts, tokens, tmp_path, workers):
+    out = tmp_path / "out"
+    flags = f"--source={source}", f"--out={out}", f"--shard_size={SIZE}"
+    said = make(*flags, f"--workers={workers}")
+    assert_tokens(out, tokens)
+    n = sum(text is not None for text in texts)
+    assert f"{n:,} documents, {len(texts) - n} without text" in said
+    assert f"{len(tokens):,} tokens, {len(shards_of(out))} shards" in said and "tokens/s" in said
+
+
+@pytest.mark.parametrize("size", [5, 6, 7, 11, 22, 33, 100])
+def test_documents_on_the_edge_of_a_shard(tmp_path, size):
+    """Documents of 1, 11 (five tokens longer than a shard) and 10 tokens; 22 in all."""
+    texts = ["", " a" * 10, " b" * 9]
+    write_parquet(tmp_path / "source" / "a.parquet", texts)
+    flags = f"--source={tmp_path / 'source'}", f"--out={tmp_path / 'out'}", f"--shard_size={size}"
+    make(*flags)
+    assert_tokens(tmp_path / "out", reference(texts), size)
+    assert make(*flags).startswith("nothing to do")
+
+
+def test_long_runs_do_not_hang(tmp_path):
+    texts = ["a" * 1_000_000, "\n" * 1_000_000, "😀" * 1_000_000]
+    write_parquet(tmp_path / "source" / "a.parquet", texts)
+    make(f"--source={tmp_path / 'source'}", f"--out={tmp_path / 'out'}")
+    assert_tokens(tmp_path / "out", reference(texts), 100_000_000)
+
+
+def test_own_text(tmp_path):
+    """A line of .jsonl is a document, a .txt file is one; half of a surrogate pair included."""
+    plays = ["a\r\nb", "ü\0"]
+    folder = tmp_path / "source"
+    (folder / "deeper").mkdir(parents=True)
+    lines = ["one", "", None, "half \ud83d of a pair", "a pair \ud83d\ude00"] * 200
+    records = [json.dumps({"id": 1, "text": line}) for line in lines]
+    (folder / "deeper" / "a.jsonl").write_text("\n".join([*records, "", ""]))
+    for i, play in enumerate(plays):
+        (folder / f"{i}.txt").write_bytes(play.encode())
+    (folder / "notes.md").write_text("not a document")
+    make(f"--source={folder}", f"--out={tmp_path / 'out'}", "--shard_size=1000")
+    assert_tokens(tmp_path / "out", reference([*plays, *lines]), 1000)
+
+
+def workers_of(process):
+    """The pids of the workers, all of which are started by spawn."""
+    ps = subprocess.run(["ps", "-Aww", "-o", "pid=,ppid=,args="], capture_output=True, text=True)
+    rows = [line.split(None, 2) for line in ps.stdout.splitlines()]
+    return [int(row[0]) for row in rows if row[1] == str(process.pid) and "spawn_main" in row[2]]
+
+
+def assert_gone(pids):
+    deadline = time.monotonic() + 10
+    while any(os.path.exists(f"/proc/{pid}") for pid in pids):
+        assert time.monotonic() < deadline, "workers are left behind"
+        time.sleep(0.05)
+
+
+def wait_for_shards(process, out, n):
+    deadline = time.monotonic() + 60
+    while len(list(out.glob("*.npy"))) < n:
+        assert process.poll() is None and time.monotonic() < deadline, finish(process)
+        time.sleep(0.002)
+
+
+def times(out):
+    return {path.name: path.stat().st_mtime_ns for path in out.glob("*.npy")}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_kill_9(long, tmp_path, seed):
+    """Killed twice at random moments; no finished shard is made again, no worker left behind."""
+    source, tokens = long
+    flags = f"--source={source}", f"--out={tmp_path / 'out'}", f"--shard_size={SIZE}"
+    chance, kept = random.Random(seed), {}
+    for n in sorted(chance.sample(range(1, 70), 2)):
+        process = start(*flags, "--workers=2")
+        wait_for_shards(process, tmp_path / "out", n)
+        workers = workers_of(process)
+        time.sleep(chance.uniform(0, 0.05))
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()  # not for its output, which a worker left behind would hold open
+        assert workers
+        assert_gone(workers)
+        now = times(tmp_path / "out")
+        assert now.items() >= kept.items()
+        assert {len(np.load(path)) for path in shards_of(tmp_path / "out")} == {SIZE}
+        kept = now
+    make(*flags)
+    assert_tokens(tmp_path / "out", tokens)
+    assert times(tmp_path / "out").items() >= kept.items()
+
+
+def test_a_torn_line_of_progress(source, tokens, tmp_path):
+    """A full disk may leave half a line behind."""
+    flags = f"--source={source}", f"--out={tmp_path / 'out'}", f"--shard_size={SIZE}"
+    make(*flags, "--shards=3")
+    with open(tmp_path / "out" / "progress.jsonl", "a") as log:
+        log.write('{"made_of": ["/us')
+    make(*flags, "--shards=5")
+    make(*flags)
+    assert_tokens(tmp_path / "out", tokens)
+
+
+def test_shards_and_a_second_run(source, tokens, tmp_path):
+    flags = f"--source={source}", f"--out={tmp_path / 'out'}", f"--shard_size={SIZE}"
+    assert f"{3 * SIZE:,} tokens, 3 shards" in make(*flags, "--shards=3")
+    assert_tokens(tmp_path / "out", tokens[: 3 * SIZE])
+    first = times(tmp_path / "out")
+    assert make(*flags, "--shards=3") == make(*flags, "--shards=2").replace("2 shards", "3 shards")
+    make(*flags)
+    assert_tokens(tmp_path / "out", tokens)
+    done = times(tmp_path / "out")
+    assert done.items() > first.items()
+    assert make(*flags).startswith("nothing to do")
+    assert times(tmp_path / "out") == done
+    (tmp_path / "out" / "edufineweb_train_000004.npy").unlink()
+    make(*flags)  # a shard that is lost is made again
+    assert_tokens(tmp_path / "out", tokens)
+
+
+def test_a_worker_is_killed(long, tmp_path):
+    source, tokens = long
+    flags = f"--source={source}", f"--out={tmp_path / 'out'}", f"--shard_size={SIZE}"
+    process = start(*flags, "--workers=2")
+    wait_for_shards(process, tmp_path / "out", 1)
+    os.kill(workers_of(process)[0], signal.SIGKILL)
+    result = finish(process, timeout=10)
+    assert result.returncode == 1 and "--workers" in last_line(result.stderr)
+    make(*flags)
+    assert_tokens(tmp_path / "out", tokens)
+
+
+def test_ctrl_c(long, tmp_path):
+    """As a terminal sends it: to the parent and to its workers."""
+    source, tokens = long
+    flags = f"--source={source}", f"--out={tmp_path / 'out'}", f"--shard_size={SIZE}"
+    process = start(*flags)
+    wait_for_shards(process, tmp_path / "out", 1)
+    workers = workers_of(process)
+    os.killpg(process.pid, signal.SIGINT)
+    result = finish(process, timeout=10)
+    assert result.returncode != 0 and "stopped" in last_line(result.stderr)
+    assert_gone(workers)
+    make(*flags)
+    assert_tokens(tmp_path / "out", tokens)
+
+
+def test_full_disk(source, tokens, tmp_path):
+    """No file may grow beyond half a shard."""
+    flags = f"--source={source}", f"--out={tmp_path / 'out'}", f"--shard_size={SIZE}"
+    make(*flags, "--shards=2")
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (SIZE, SIZE))  # noqa: E731
+    assert "edufineweb_train_000002.npy" in fail(*flags, preexec_fn=limit)
+    assert_tokens(tmp_path / "out", tokens[: 2 * SIZE])
+    make(*flags)
+    assert_tokens(tmp_path / "out", tokens)
+
+
+def test_never_mixed(source, tokens, tmp_path):
+    out = tmp_path / "out"
+    make(f"--source={source}", f"--out={out}", f"--shard_size={SIZE}", "--shards=2")
+    write_parquet(tmp_path / "other" / "000.parquet", ["other"])
+    size = f"--shard_size={SIZE}"
+    assert str(SIZE) in fail(f"--source={source}", f"--out={out}", f"--shard_size={SIZE + 1}")
+    assert str(source) in fail(f"--source={tmp_path / 'other'}", f"--out={out}", size)
+    assert str(source) in fail("--pretokenized", f"--out={out}")
+    (out / "progress.jsonl").unlink()
+    assert "unknown origin" in fail(f"--source={source}", f"--out={out}", size)
+    assert_tokens(out, tokens[: 2 * SIZE])
+
+
+def test_two_at_once(long, tmp_path):
+    source, tokens = long
+    flags = f"--source={source}", f"--out={tmp_path / 'out'}", f"--shard_size={SIZE}"
+    process = start(*flags)
+    wait_for_shards(process, tmp_path / "out", 1)
+    os.kill(process.pid, signal.SIGSTOP)
+    assert "another run" in fail(*flags)
+    os.kill(process.pid, signal.SIGCONT)
+    assert finish(process).returncode == 0
+    assert_tokens(tmp_path / "out", tokens)
+
+
+def test_damaged_files(source, texts, tmp_path):
+    """A file that is cut off or damaged is named; what came before it is in shards."""
+    folder, out = tmp_path / "source", tmp_path / "out"
+    write_parquet(folder / "000.parquet", texts[:1000])
+    whole = (source / "001.parquet").read_bytes()
+    before = reference(texts[:1000])
+    middle = len(whole) // 2
+    damages = [whole[:-100], whole[:middle] + bytes(100) + whole[middle + 100 :], b""]
+    flags = f"--source={folder}", f"--out={out}", "--shard_size=20000"
+    for damage in damages:
+        (folder / "001.parquet").write_bytes(damage)
+        assert str(folder / "001.parquet") in fail(*flags)
+        made = np.concatenate([np.load(path) for path in shards_of(out)])
+        assert len(made) > len(before) - 20000
+    (folder / "001.parquet").write_bytes(whole)  # once it is mended, the rest is made
+    make(*flags)
+    assert_tokens(out, reference(texts), 20000)
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("a.md", b"no text"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "b"\n'),
+        ("a.jsonl", b'{"txt": "a"}\n'),
+        ("a.jsonl", b"[1, 2]\n"),
+        ("a.jsonl", b'{"text": 5}\n'),
+        ("a.txt", "café".encode("latin-1")),
+    ],
+)
+def test_bad_sources(tmp_path, name, content):
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / name).write_bytes(content)
+    message = fail(f"--source={tmp_path / 'source'}", f"--out={tmp_path / 'out'}")
+    assert str(tmp_path / "source") in message
+    assert name in message or "no .parquet, .jsonl, .txt" in message
+
+
+def test_parquet_without_text(tmp_path):
+    for name, table in {"none": {"body": ["a"]}, "numbers": {"text": [1, 2]}}.items():
+        (tmp_path / name).mkdir()
+        pq.write_table(pa.table(table), tmp_path / name / "a.parquet")
+        message = fail(f"--source={tmp_path / name}", f"--out={tmp_path / name / 'out'}")
+        assert "a.parquet" in message and ("text" in message or "str" in message)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--sorce=x"], "--sorce=x"),
+        (["--shards=0"], "--shards"),
+        (["--workers=many"], "--workers"),
+        (["--shard_size=1e8"], "--shard_size"),
+        (["--source=no/such/folder"], "no/such/folder"),
+    ],
+)
+def test_mistakes(tmp_path, flags, message):
+    assert message in fail(f"--out={tmp_path / 'out'}", *flags)
+    assert not (tmp_path / "out").exists()
+
+
+def test_help():
+    said = make("--help")
+    for flag in "source subset shard_size pretokenized out shards workers".split():
+        assert f"--{flag}" in said
+
+
+def test_no_tokenizer(hub, tmp_path):
+    """Told before anything is downloaded."""
+    env = {"TIKTOKEN_CACHE_DIR": str(tmp_path / "none"), "HTTPS_PROXY": "http://127.0.0.1:9"}
+    message = fail(f"--out={tmp_path / 'out'}", env={**hub.env(tmp_path / "home"), **env})
+    assert "TIKTOKEN_CACHE_DIR" in message
+    assert hub.fetched() == [] and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_the_hub(hub, tokens, tmp_path, reset):
+    """With connections that break off in the middle of a file."""
+    hub.drops, hub.reset = {"sample/10BT/001.parquet": [300_000]}, reset
+    flags = f"--out={tmp_path / 'out'}", f"--shard_size={SIZE}"
+    make(*flags, env=hub.env(tmp_path / "home"))
+    assert_tokens(tmp_path / "out", tokens)
+    assert hub.drops == {"sample/10BT/001.parquet": []}
+    assert hub.fetched() == ["sample/10BT/000.parquet", "sample/10BT/001.parquet"]
+    assert COMMIT in (tmp_path / "out" / "progress.jsonl").read_text()
+    hub.shutdown()  # what is complete needs no network
+    assert make(*flags, env=hub.env(tmp_path / "home")).startswith("nothing to do")
+
+
+def test_downloads_what_is_needed(hub, tokens, tmp_path):
+    flags = f"--out={tmp_path / 'out'}", f"--shard_size={SIZE}", "--shards=2"
+    make(*flags, env=hub.env(tmp_path / "home"))
+    assert_tokens(tmp_path / "out", tokens[: 2 * SIZE])
+    assert hub.fetched() == ["sample/10BT/000.parquet"]
+
+
+def test_the_next_file_comes_meanwhile(texts, tmp_path):
+    """The second file is asked for while the first is being used; here it does not come at once."""
+    for i, content in enumerate([texts * 6, texts]):
+        write_parquet(tmp_path / "hub" / "sample" / "10BT" / f"{i}.parquet", content)
+    flags = f"--out={tmp_path / 'out'}", f"--shard_size={SIZE}"
+    with Hub(tmp_path / "hub", REPO, stalled=["sample/10BT/1.parquet"]) as hub:
+        process = start(*flags, env=hub.env(tmp_path / "home"))
+        deadline = time.monotonic() + 60
+        while "sample/10BT/1.parquet" not in hub.fetched():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        assert len(times(tmp_path / "out")) < 40
+        wait_for_shards(process, tmp_path / "out", 88)  # all of the first file
+        os.killpg(process.pid, signal.SIGINT)  # Ctrl-C does not wait for the second
+        result = finish(process, timeout=10)
+        assert "stopped" in last_line(result.stderr)
+        hub.stalled, hub.requests = [], []
+        make(*flags, env=hub.env(tmp_path / "home"))
+        assert hub.fetched() == ["sample/10BT/1.parquet"]  # what is complete is not fetched again
+    assert_tokens(tmp_path / "out", reference(texts * 7))
+
+
+def test_downloads_are_removed(hub, tokens, tmp_path):
+    """With keep_downloads = False."""
+    script = tmp_path / "fineweb.py"
+    text = (ROOT / "fineweb.py").read_text()
+    script.write_text(text.replace("keep_downloads = True", "keep_downloads = False"))
+    make(f"--shard_size={SIZE}", script=script, env=hub.env(tmp_path / "home"))
+    assert_tokens(tmp_path / "edu_fineweb10B", tokens)
+    left = [path for path in (tmp_path / "home").rglob("*") if path.is_file()]
+    assert not [path for path in left if path.stat().st_size > 10_000]
+
+
+def test_pretokenized(tmp_path):
+    """The shard for validation first, then as many as wanted; a download that breaks off resumes
+    where it was; and train_gpt2.py trains on them."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "hub").mkdir()
+    for i, split in enumerate(["val", "train", "train", "train"]):
+        n = 6_000_000 if i == 1 else 5000
+        path = tmp_path / "hub" / f"finewebedu_{split}_{i:06d}.bin"
+        write_bin(path, rng.integers(0, 50257, n))
+    big, out = "finewebedu_train_000001.bin", tmp_path / "out"
+    with Hub(tmp_path / "hub", "kjj0/finewebedu10B-gpt2", {big: [11_000_000]}) as hub:
+        flags = "--pretokenized", f"--out={out}", "--shards=3"
+        make(*flags, env=hub.env(tmp_path / "home"))
+        names = ["finewebedu_val_000000.bin", big, "finewebedu_train_000002.bin"]
+        assert hub.fetched() == names
+        assert any(wanted and wanted != "bytes=0-" for _, _, wanted in hub.requests)
+        hub.requests = []
+        make(*flags, env=hub.env(tmp_path / "home"))
+        assert hub.fetched() == []
+        other = "--pretokenized=some/body", f"--out={tmp_path / 'other'}"
+        assert "some/body" in fail(*other, env=hub.env(tmp_path / "home"))
+    for name in names:
+        assert (out / name).read_bytes() == (tmp_path / "hub" / name).read_bytes()
+    train(f"--data={out}", f"--log_dir={tmp_path / 'run'}", "--max_steps=2")
+    assert len(series(tmp_path / "run", "train_loss")) == 2
+
+
+def test_training_on_the_result(source, tmp_path):
+    out = tmp_path / "out"
+    make(f"--source={source}", f"--out={out}", f"--shard_size={SIZE}", "--shards=3")
+    train(f"--data={out}", f"--log_dir={tmp_path / 'run'}", "--max_steps=4")
+    losses = series(tmp_path / "run", "train_loss")
+    assert len(losses) == 4 and abs(losses[0] - np.log(50257)) < 0.5
