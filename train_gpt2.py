@@ -33,6 +33,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
+import hellaswag
+
 # -----------------------------------------------------------------------------
 # constants
 argv = sys.argv[1:] if __name__ == "__main__" else []  # imported, the constants stay as they are
@@ -105,8 +107,7 @@ for arg in [arg for arg in argv if arg not in ("--help", "-h")]:
         sys.exit(f"{arg}: expected --{name}= and {forms[kind]}, as in --{name}={constants[name]}")
 globals().update(constants)
 if {"--help", "-h"} & set(argv):
-    print(__doc__, *(f"--{name}={value!r}" for name, value in constants.items()), sep="\n")
-    sys.exit()
+    sys.exit(print(__doc__, *(f"--{k}={v!r}" for k, v in constants.items()), sep="\n"))
 
 # -----------------------------------------------------------------------------
 # model
@@ -232,8 +233,6 @@ class GPT(nn.Module):
         theirs.load_state_dict({name: p[:n] if name in tables else p
                                 for name, p in transpose_conv1d(self.state_dict()).items()})
         theirs.save_pretrained(folder)
-        with open(os.path.join(folder, "README.md"), "w") as file:
-            file.write("For transformers' GPT2LMHeadModel; the tokenizer is that of `gpt2`.\n")
 
 def transpose_conv1d(state):
     """OpenAI keeps these weights as (in, out), nn.Linear as (out, in): turns one into the other."""
@@ -325,7 +324,7 @@ class Tokens:
 def orthogonalize(m):
     """Matrices U S V^T (..., rows, columns), rows <= columns, S singular values -> about U V^T: all
     directions get one strength. Newton-Schulz: Jordan's odd polynomial takes S to around 1."""
-    x = m.bfloat16() if m.is_cuda else m  # precise enough for a direction, but slow on most CPUs
+    x = m.bfloat16() if m.is_cuda else m  # enough for a direction; on most CPUs it is very slow
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(5):
         gram = x @ x.mT
@@ -335,8 +334,7 @@ def orthogonalize(m):
 class Muon(torch.optim.AdamW):
     """AdamW, but in groups with a muon_momentum each matrix steps along its averaged gradient made
     orthogonal, to learn rare directions as fast as common ones (Jordan 2024), and of AdamW's size,
-    so that one learning rate serves both (Liu et al. 2025, arXiv 2502.16982, section 2.2).
-    torch.optim.Muon does its products in bfloat16, which is very slow on most CPUs."""
+    so that one learning rate serves both (Liu et al. 2025, arXiv 2502.16982, section 2.2)."""
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
@@ -580,25 +578,23 @@ if __name__ == "__main__":
     # in DDP, which averages the gradients of all processes while backward still computes others
     ddp = DDP(raw_model, gradient_as_bucket_view=True) if world_size > 1 else raw_model
     model = torch.compile(ddp) if compile else ddp
-
     n_params = sum(p.numel() for p in raw_model.parameters())
     # forward and backward: 6 for each weight but the positions', and attention's (nanoGPT's count)
-    flops_per_token = 6 * (n_params - raw_model.transformer.wpe.weight.numel())
-    flops_per_token += 12 * gpt_config.n_layer * gpt_config.n_embd * T
+    flops_per_token = (6 * (n_params - raw_model.transformer.wpe.weight.numel())
+                       + 12 * gpt_config.n_layer * gpt_config.n_embd * T)
     peak_flops = next((flops for name, flops in PEAK_FLOPS.items() if name in gpu), None)
     print(f"{n_params:,} parameters in {dtype} on {world_size} x {gpu}; of {train.n_windows * T:,} "
           f"tokens {world_size} x {micro_steps} x {B} x {T} = {total_batch_size:,} a step")
+    examples = hellaswag.load(skip=True) if raw_model.n_tokens == GPTConfig.vocab_size else None
     wandb_run, codec = None, text_codec(raw_model.n_tokens) if rank == 0 and n_samples else None
     if wandb_log and rank == 0:
         import wandb
         wandb_run = wandb.init(project=wandb_project, name=log_dir, dir=log_dir, config=config)
     report = functools.partial(log, log_file, wandb_run)
-
     signals = []  # the first lets its step end and be saved, a second one kills
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: (
             signals.append(number), signal.signal(number, signal.SIG_DFL)))
-
     last, stopped, launched = max(start, max_steps), False, time.perf_counter()
     batch = train.batch((start * micro_steps * world_size + rank) * B, B, device)
     for step in range(start, last + 1):
@@ -607,6 +603,10 @@ if __name__ == "__main__":
         if (final or val_every and step % val_every == 0) and not stopped:
             loss = evaluate(raw_model, val, n_val, B, rank, world_size, device, autocast)
             report(f"step {step:5d} | val loss {loss:.4f}", step=step, val_loss=loss)
+        if (final or hella_every and step % hella_every == 0) and examples and not stopped:
+            hella = hellaswag.evaluate(raw_model, examples, B * T, autocast)
+            report(f"step {step:5d} | HellaSwag acc_norm {hella['acc_norm']:.4f}", step=step,
+                   hellaswag=hella["acc_norm"], hellaswag_acc=hella["acc"])
         if (final or sample_every and step and step % sample_every == 0) and codec and not stopped:
             for text in sample(raw_model, *codec, prompt, n_samples, sample_tokens, temperature,
                                top_k, seed, device, autocast):

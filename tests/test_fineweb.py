@@ -21,6 +21,8 @@ SIZE = 100_000  # tokens in a shard
 
 
 def start(*flags, env=None, script=ROOT / "fineweb.py", **options):
+    """Ctrl-C has its default effect, even if the tests run where it is ignored (in background)."""
+    options.setdefault("preexec_fn", lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     return subprocess.Popen(
         [sys.executable, str(script), *map(str, flags)],
         stdout=subprocess.PIPE,
