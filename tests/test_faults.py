@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import command, kill, log_of, mistake, series, start, train, wait_for
+from conftest import ROOT, command, kill, log_of, mistake, series, start, train, wait_for
 
 
 def test_an_earlier_run_is_moved_aside(text, tmp_path):
@@ -213,6 +213,7 @@ def test_out_of_memory(shards, tmp_path):
         capture_output=True,
         text=True,
         timeout=120,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert result.returncode == 1
     assert result.stderr.strip().splitlines() == [
