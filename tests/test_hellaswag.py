@@ -18,11 +18,11 @@ from torch.nn import functional as F
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """100 made examples of mixed length."""
+    """40 made examples of mixed length."""
     lines = [line for line in (ROOT / "input.txt").read_text().split("\n") if len(line) > 10]
     chance, path = random.Random(0), tmp_path_factory.mktemp("hellaswag") / "made.jsonl"
     with open(path, "w") as file:
-        for i in range(100):
+        for i in range(40):
             context, *endings = (
                 " ".join(chance.choices(lines, k=k))
                 for k in [chance.randrange(1, 6), *chance.choices([1, 1, 1, 2], k=4)]
@@ -98,10 +98,10 @@ def test_the_command_counts_as_the_reference(data, folder, reference, processes,
     flags = folder, f"--data={data}", f"--batch_tokens={batch_tokens}", "--device=cpu"
     last = score(*flags, processes=processes)[-1]
     correct, correct_norm = reference
-    assert f"acc {correct}/100={correct / 100:.4f} +- " in last
-    assert f"acc_norm {correct_norm}/100={correct_norm / 100:.4f} +- " in last
-    p = correct / 100
-    assert f"+- {(p * (1 - p) / 100) ** 0.5:.4f}, " in last
+    assert f"acc {correct}/40={correct / 40:.4f} +- " in last
+    assert f"acc_norm {correct_norm}/40={correct_norm / 40:.4f} +- " in last
+    p = correct / 40
+    assert f"+- {(p * (1 - p) / 40) ** 0.5:.4f}, " in last
 
 
 def test_our_model_counts_as_the_reference(data, folder, reference):
@@ -121,7 +121,7 @@ def test_our_model_counts_as_the_reference(data, folder, reference):
         each.train()
         found = hellaswag.evaluate(each, examples)
         assert (found["correct"], found["correct_norm"]) == reference
-        assert (found["total"], found["cut"]) == (100, 0) and each.training
+        assert (found["total"], found["cut"]) == (40, 0) and each.training
     few = [hellaswag.evaluate(model, examples[:20], n) for n in (1, 1000)]  # one at a time, or more
     assert few[0] == few[1] and few[0]["total"] == 20
 
