@@ -14,17 +14,20 @@ The results go to log_dir: log.jsonl, checkpoints and, for GPT-2, hf/, which tra
 Ctrl-C saves and leaves; --init_from=resume goes on from there, on any number of GPUs.
 """
 import dataclasses
+import datetime
 import difflib
 import functools
 import glob
 import hashlib
-import itertools
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -32,21 +35,20 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.utils._pytree import tree_map_only
 
 import hellaswag
 
-# -----------------------------------------------------------------------------
-# constants
+# constants -------------------------------------------------------------------
 argv = sys.argv[1:] if __name__ == "__main__" else []  # imported, the constants stay as they are
 chosen = dict(arg.removeprefix("--").partition("=")[::2] for arg in argv)  # name -> value
 
-# what to train on, and where: some defaults further down depend on it
+# a folder of token shards, or one text file, read as bytes; some defaults below depend on which
 _here = os.path.dirname(os.path.abspath(__file__))
 _shards = os.path.join(_here, "edu_fineweb10B")
-data = _shards if os.path.isdir(_shards) else os.path.join(_here, "input.txt")
-data = chosen.get("data", data)  # a folder of token shards, or one text file, read as bytes
-_gpu = torch.accelerator.current_accelerator(check_available=True)
-device = chosen.get("device", _gpu.type if _gpu else "cpu")  # cuda, mps (Apple's GPUs) or cpu
+data = chosen.get("data", _shards if os.path.isdir(_shards) else os.path.join(_here, "input.txt"))
+_gpu = getattr(torch.accelerator.current_accelerator(check_available=True), "type", "cpu")
+device = chosen.get("device", _gpu)  # cuda, mps (Apple's GPUs) or cpu
 
 # GPT-2 (124M), for token shards: the paper's model, and GPT-3's recipe for a model of this size
 log_dir = "log/gpt2"       # where the run goes; an earlier one there is moved aside
@@ -86,31 +88,30 @@ grad_clip = 1.0            # a longer gradient is scaled down to this norm; 0 fo
 n_samples, sample_tokens = 2, 256  # texts at each sampling, tokens in each after the prompt
 temperature, top_k = 0.8, 50  # below 1 favours likely tokens; only the k likeliest, 0 for all
 compile = device == "cuda"   # a minute at the start, then about twice as fast on a GPU
-dtype = "auto"             # bfloat16 where the device has it, float16 on older GPUs, else float32
+# bfloat16 is half of float32 and enough for activations, where the hardware has it (A100, not T4)
+dtype = "bfloat16" if device == "cuda" or torch.cpu._is_avx512_bf16_supported() else "float32"
+timeout = 600              # seconds that a process waits for the others before it gives up
 wandb_log, wandb_project = False, "gpt2"
 
 # --name=value overrides a constant for one launch
 constants = {k: v for k, v in globals().items() if k[0] != "_" and isinstance(v, (int, float, str))}
-forms = {bool: "0, 1, true or false", int: "an integer >= 0", float: "a number >= 0", str: "text"}
+forms = {bool: ("0|1|true|false", "0, 1, true or false"), int: (r"\d{1,18}", "an integer >= 0"),
+         float: (r"(\d+\.?|\d*\.\d+)(e[+-]?\d+)?", "a number >= 0"), str: (".*", "text")}
 for arg in [arg for arg in argv if arg not in ("--help", "-h")]:
     name, _, value = arg.removeprefix("--").partition("=")
     if name not in constants:
         near = difflib.get_close_matches(name, constants, n=1, cutoff=0)[0]
         sys.exit(f"{arg}: no such constant; the nearest is --{near}={constants[near]}")
     kind = type(constants[name])
-    try:
-        value = ["0", "1", "false", "true"].index(value.lower()) % 2 if kind is bool else value
-        if not arg.startswith("--") or "=" not in arg or kind is not str and not kind(value) >= 0:
-            raise ValueError
-        constants[name] = kind(value)
-    except ValueError:
-        sys.exit(f"{arg}: expected --{name}= and {forms[kind]}, as in --{name}={constants[name]}")
+    pattern, form = forms[kind]
+    if arg != f"--{name}={value}" or not re.fullmatch(pattern, value, re.IGNORECASE | re.DOTALL):
+        sys.exit(f"{arg}: expected --{name}= and {form}, as in --{name}={constants[name]}")
+    constants[name] = value.lower() in ("1", "true") if kind is bool else kind(value)
 globals().update(constants)
 if {"--help", "-h"} & set(argv):
     sys.exit(print(__doc__, *(f"--{k}={v!r}" for k, v in constants.items()), sep="\n"))
 
-# -----------------------------------------------------------------------------
-# model
+# model -----------------------------------------------------------------------
 @dataclasses.dataclass
 class GPTConfig:
     block_size: int = 1024   # tokens of context
@@ -182,7 +183,7 @@ class GPT(nn.Module):
             # the residual stream adds up 2 * n_layer branches: shrink each to keep the sum's size
             branches = 2 * config.n_layer if name.endswith("c_proj.weight") else 1
             if p.dim() == 2:
-                nn.init.normal_(p, std=0.02 / math.sqrt(branches))
+                nn.init.normal_(p, std=0.02 / branches ** 0.5)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
@@ -226,12 +227,11 @@ class GPT(nn.Module):
     def save_pretrained(self, folder):
         """Writes config.json and model.safetensors for transformers, without padded rows."""
         from transformers import GPT2Config, GPT2LMHeadModel
-        c, n = self.config, self.n_tokens
-        theirs = GPT2LMHeadModel(GPT2Config(vocab_size=n, n_positions=c.block_size, n_embd=c.n_embd,
-                                            n_layer=c.n_layer, n_head=c.n_head))
-        tables = ("transformer.wte.weight", "lm_head.weight")
-        theirs.load_state_dict({name: p[:n] if name in tables else p
-                                for name, p in transpose_conv1d(self.state_dict()).items()})
+        c = self.config
+        theirs = GPT2LMHeadModel(GPT2Config(vocab_size=c.vocab_size, n_positions=c.block_size,
+                                            n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head))
+        theirs.load_state_dict(transpose_conv1d(self.state_dict()))
+        theirs.resize_token_embeddings(self.n_tokens)
         theirs.save_pretrained(folder)
 
 def transpose_conv1d(state):
@@ -239,8 +239,7 @@ def transpose_conv1d(state):
     turned = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
     return {name: p.t() if name.endswith(turned) else p for name, p in state.items()}
 
-# -----------------------------------------------------------------------------
-# data
+# data ------------------------------------------------------------------------
 def open_shard(path):
     """The tokens of a file, memory-mapped: only what is used gets loaded. A .npy holds uint16 in
     one dimension; a .bin, as in llm.c, 256 int32 (20240520, 1, the count, zeros), then uint16."""
@@ -254,13 +253,12 @@ def open_shard(path):
                 shape, dtype = (count,), "<u2" if (magic, version) == (20240520, 1) else None
             if dtype != "<u2" or len(shape) != 1:
                 raise ValueError(f"{dtype} of shape {shape}")
-        except ValueError as error:
-            sys.exit(f"{path}: not a shard of uint16 tokens ({error}); make it with fineweb.py")
-        start = file.tell()
-    found = (os.path.getsize(path) - start) / 2
-    if found != shape[0]:
-        sys.exit(f"{path}: expected {shape[0]} tokens, found {found:g}; fetch or make it anew")
-    return np.memmap(path, "<u2", mode="r", offset=start, shape=shape)
+            found = (os.path.getsize(path) - file.tell()) / 2
+            if found != shape[0]:
+                raise ValueError(f"expected {shape[0]} tokens, found {found:g}")
+        except Exception as error:  # of several kinds, for a damaged header
+            sys.exit(f"{path}: not a shard, make it with fineweb.py: {error!r:.200}")
+        return np.memmap(path, "<u2", mode="r", offset=file.tell(), shape=shape)
 
 @functools.lru_cache(maxsize=8)
 def permutation(n, seed, *more):
@@ -280,24 +278,20 @@ class Tokens:
         else:
             paths = sorted(glob.glob(os.path.join(glob.escape(data), f"*{split}*")))
             shards = {path: open_shard(path) for path in paths if path.endswith((".npy", ".bin"))}
-        short = [path for path, tokens in shards.items() if len(tokens) <= T]
-        if len(short) == len(shards):
+        self.shards = [(path, tokens) for path, tokens in shards.items() if len(tokens) > T]
+        if not self.shards:
             why = f"no {split} window of T + 1 = {T + 1}" if os.path.exists(data) else "not found"
             sys.exit(f"{data}: {why}; need a text file, or shards: python fineweb.py --out={data}")
-        if short:
+        if short := [path for path, tokens in shards.items() if len(tokens) <= T]:
             print(f"warning: skipping {', '.join(short)}: less than T + 1 = {T + 1} tokens")
-        self.shards = [(path, tokens) for path, tokens in shards.items() if path not in short]
         self.counts = [(len(tokens) - 1) // T for _, tokens in self.shards]  # windows in each
         self.n_windows = sum(self.counts)
-        self.checked = set()
-
-    def fingerprint(self):
-        """A hash of each shard's length and first 64k tokens, by which to notice other data."""
+        # lengths and first 64k tokens, by which to notice other data
         parts = [b"%d " % len(tokens) + tokens[:1 << 16].tobytes() for _, tokens in self.shards]
-        return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+        self.hash = hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
     def window(self, i):
-        """Place i in the order -> T + 1 tokens; exits where their shard holds one out of range."""
+        """Place i in the order -> T + 1 tokens; exits where one is not in the vocabulary."""
         epoch, i = divmod(i, self.n_windows)
         for shard in permutation(len(self.shards), self.seed, epoch).tolist():
             if i < self.counts[shard]:
@@ -305,12 +299,10 @@ class Tokens:
             i -= self.counts[shard]
         start = permutation(self.counts[shard], self.seed, epoch, shard)[i] * self.T
         path, tokens = self.shards[shard]
-        if path not in self.checked and tokens.max() >= self.vocab_size:
-            at = np.argmax(tokens >= self.vocab_size)
-            sys.exit(f"{path}: token {tokens[at]} at offset {at}, but the vocabulary has only "
-                     f"{self.vocab_size}; make the shard anew with GPT-2's tokenizer")
-        self.checked.add(path)
-        return tokens[start:start + self.T + 1]
+        ids = tokens[start:start + self.T + 1]
+        if (bad := ids.max()) >= self.vocab_size:
+            sys.exit(f"{path}: token {bad} at offset {start + ids.argmax()} >= {self.vocab_size}")
+        return ids
 
     def batch(self, first, B, device):
         """The B windows from place `first` on -> inputs, targets: (B, T) each, int64, on device."""
@@ -319,8 +311,7 @@ class Tokens:
         ids = ids.to(device, non_blocking=True)
         return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
-# -----------------------------------------------------------------------------
-# optimizer and schedule
+# optimizer and schedule ------------------------------------------------------
 def orthogonalize(m):
     """Matrices U S V^T (..., rows, columns), rows <= columns, S singular values -> about U V^T: all
     directions get one strength. Newton-Schulz: Jordan's odd polynomial takes S to around 1."""
@@ -351,14 +342,14 @@ class Muon(torch.optim.AdamW):
                 p.grad = None  # for AdamW to pass it over
         return super().step(closure)
 
-def make_optimizer(model, name, weight_decay, betas, momentum, fused):
+def make_optimizer(model, name, weight_decay, betas, momentum):
     """AdamW for all, or Muon for the blocks' matrices; biases and LayerNorms are not decayed."""
     groups = {"matrices": [], "embeddings": [], "vectors": []}
     for n, p in model.named_parameters():
         groups["vectors" if p.dim() < 2 else "matrices" if ".h." in n else "embeddings"].append(p)
     return Muon([{"params": params, "weight_decay": 0.0 if kind == "vectors" else weight_decay,
                   "muon_momentum": momentum if (kind, name) == ("matrices", "muon") else 0.0}
-                 for kind, params in groups.items()], betas=betas, fused=fused)
+                 for kind, params in groups.items()], betas=betas, fused=True)
 
 def get_lr(step, max_lr, min_lr, warmup_steps, max_steps):
     """Linear warmup, while AdamW's averages are still empty, then half a cosine: far, then fine."""
@@ -367,8 +358,7 @@ def get_lr(step, max_lr, min_lr, warmup_steps, max_steps):
     progress = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
     return min_lr + (max_lr - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
-# -----------------------------------------------------------------------------
-# evaluation
+# evaluation ------------------------------------------------------------------
 def sum_over_ranks(values, device):
     """Adds up lists of floats, one from each process, for all of them to get."""
     if dist.is_initialized():
@@ -380,30 +370,26 @@ def sum_over_ranks(values, device):
 @torch.no_grad()
 def evaluate(model, tokens, n_windows, B, rank, world_size, device, autocast):
     """The mean loss (nats per token) over the first n_windows windows; the ranks share them."""
-    model.eval()
     total = 0.0
     for first in range(rank * B, n_windows, world_size * B):
         x, y = tokens.batch(first, min(B, n_windows - first), device)
         with autocast:
             total += model(x, y).item() * len(x)
-    model.train()
-    return sum_over_ranks([total], device)[0] / n_windows
+    loss = sum_over_ranks([total], device)[0] / n_windows
+    return loss if math.isfinite(loss) else sys.exit(f"val loss {loss}: stopped; lower --max_lr")
 
 def sample(model, encode, decode, prompt, n, length, temperature, top_k, seed, device, autocast):
     """n texts: the prompt, continued by `length` tokens; the same for the same weights and seed."""
     idx = torch.tensor([encode(prompt or "\n")] * n, device=device)
     generator = torch.Generator(device).manual_seed(seed)
-    model.eval()
     with autocast:
         idx = model.generate(idx, length, temperature, top_k, generator)
-    model.train()
     return [decode(ids) for ids in idx.tolist()]
 
 def text_codec(n_tokens):
     """Functions text -> ids and ids -> text: bytes for 256 tokens, else GPT-2's BPE; or None."""
     if n_tokens == 256:
-        return (lambda text: list(text.encode(errors="surrogateescape")),
-                lambda ids: bytes(ids).decode(errors="replace"))
+        return lambda text: list(os.fsencode(text)), lambda ids: bytes(ids).decode(errors="replace")
     try:
         import tiktoken
         bpe = tiktoken.get_encoding("gpt2")
@@ -411,11 +397,9 @@ def text_codec(n_tokens):
     except Exception as error:  # of many kinds; as a rule, there is no network
         print(f"no samples: can't fetch GPT-2's tokenizer ({type(error).__name__}), see README.md")
 
-# -----------------------------------------------------------------------------
-# logging and checkpoints
-# dense bf16 FLOP/s (V100, T4: fp16), from the data sheets; the first name found in the device's
-PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12,
-              "A100": 312e12, "RTX 4090": 165e12, "V100": 125e12, "T4": 65e12}
+# logging and checkpoints -----------------------------------------------------
+# dense bf16 FLOP/s, from the data sheets; the first name found in the device's counts
+PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12}
 
 def open_log(log_dir, start, head):
     """Opens log_dir/log.jsonl, locked against a second run. A fresh run (start=None) moves an
@@ -423,7 +407,7 @@ def open_log(log_dir, start, head):
     path = os.path.join(log_dir, "log.jsonl")
     try:
         os.makedirs(log_dir, exist_ok=True)
-        log_file = open(path, "a+", encoding="utf-8", buffering=1)  # every line at once
+        log_file = open(path, "a+", encoding="latin-1", newline="\n", buffering=1)
         if os.name == "posix":
             import fcntl
             fcntl.flock(log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -431,24 +415,27 @@ def open_log(log_dir, start, head):
         why = "another run is writing there" if isinstance(error, BlockingIOError) else error
         sys.exit(f"--log_dir={log_dir}: {why}; choose another folder")
     if start is None and (os.path.getsize(path) or checkpoint_paths(log_dir)):
-        names = (f"{os.path.normpath(log_dir)}-{n}" for n in itertools.count(1))
+        names = (f"{os.path.normpath(log_dir)}-{n}" for n in range(1, sys.maxsize))
         aside = next(name for name in names if not os.path.exists(name))
         log_file.close()
         os.rename(log_dir, aside)
         print(f"moved the earlier run in {log_dir} to {aside}")
         return open_log(log_dir, start, head)
     log_file.seek(0)
-    kept = list(itertools.takewhile(
-        lambda line: line.endswith("\n") and json.loads(line).get("step", -1) < start, log_file))
-    log_file.truncate(sum(map(len, kept)))
+    kept = 0
+    for line in log_file:
+        step = re.match(r'{"step": (\d+)', line)  # the first line has none, nor have damaged ones
+        if line[-1] != "\n" or step and int(step[1]) >= start:
+            break
+        kept += len(line)  # latin-1, for what may be damaged: a character is a byte
+    log_file.truncate(kept)
     log_file.write("" if kept else json.dumps(head) + "\n")
     return log_file
 
 def log(log_file, wandb_run, line, **event):
     """The one sink: a line for the console, the event as JSON for log.jsonl, and wandb where on."""
     print(line, flush=True)
-    if log_file:
-        log_file.write(json.dumps(event) + "\n")
+    log_file.write(json.dumps(event) + "\n")
     if wandb_run:
         wandb_run.log(event, step=event["step"])
 
@@ -456,14 +443,22 @@ def checkpoint_paths(log_dir):  # oldest first
     paths = glob.glob(os.path.join(glob.escape(log_dir), "ckpt_*.pt"))
     return sorted(paths, key=lambda path: (len(path), path))
 
-def save_checkpoint(log_dir, keep, checkpoint):
-    """Writes beside the final name, then renames: whenever we are killed, what has it is whole."""
+def save_checkpoint(log_dir, keep, checkpoint, final):
+    """Writes beside the final name, then renames: whenever we are killed, what has it is whole.
+    A full disk is worth a warning, as there are older ones; at the end it raises OSError."""
     path = os.path.join(log_dir, f"ckpt_{checkpoint['step']:06d}.pt")
-    with open(path + ".tmp", "wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path + ".tmp", path)
+    try:
+        with open(path + ".tmp", "wb", buffering=0) as file:
+            torch.save(checkpoint, file)
+            os.fsync(file.fileno())
+        os.replace(path + ".tmp", path)
+    except (OSError, RuntimeError) as error:  # torch's is a RuntimeError
+        if os.path.exists(path + ".tmp"):
+            os.remove(path + ".tmp")
+        problem = f"{path} can't be saved: {error.__context__ or error}"
+        if final:
+            raise OSError(problem) from None
+        return print(f"warning: {problem}")
     paths = checkpoint_paths(log_dir)  # any later one did not load, or this would not be written
     for old in paths[:paths.index(path) + 1][:-keep]:
         os.remove(old)
@@ -472,13 +467,14 @@ def load_checkpoint(log_dir):
     """The newest checkpoint that loads; weights_only: as tensors and builtins, running no code."""
     for path in reversed(checkpoint_paths(log_dir)):
         try:
+            if damaged := zipfile.ZipFile(path).testzip():  # by the checksums, which torch ignores
+                raise OSError(f"{damaged} is damaged")
             return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # whatever a damaged or hostile file leads to
             print(f"warning: {path} does not load, trying the one before it: {error!r:.200}")
     sys.exit(f"--log_dir={log_dir}: no checkpoint there loads; start with --init_from=scratch")
 
-# -----------------------------------------------------------------------------
-# the run
+# the run ---------------------------------------------------------------------
 if __name__ == "__main__":
     # torchrun sets these; plain python is a world of one
     rank = int(os.environ.get("RANK", 0))
@@ -486,29 +482,30 @@ if __name__ == "__main__":
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     sys.stdout = sys.stdout if rank == 0 else open(os.devnull, "w")  # rank 0 speaks for all
     sys.stdout.reconfigure(errors="backslashreplace")  # an ASCII terminal must not end a run
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to save
 
     def explain(kind, error, trace):  # one line where the reason lies outside the program
         if "out of memory" in str(error) or "can't allocate memory" in str(error):
             error = f"out of memory with --B={B}; try --B={B // 2 or 1}, or a smaller model"
+        elif "wandb" in f"{kind.__module__} {error}":
+            error = f"{error}; pip install wandb, wandb login, or WANDB_MODE=offline"
         elif not isinstance(error, OSError):
             return sys.__excepthook__(kind, error, trace)
         print(str(error).strip().partition("\n")[0], file=sys.stderr)
     sys.excepthook = explain
-
     # mistakes in the constants and the data end here, before anything is built or moved
-    choices = {"device": [_gpu.type, "cpu"] if _gpu else ["cpu"], "optimizer": ["adamw", "muon"],
-               "dtype": ["auto", "bfloat16", "float16", "float32"]}
+    choices = {"device": f"cpu {_gpu}", "optimizer": "adamw muon", "dtype": "bfloat16 float32"}
     for name, allowed in choices.items():
-        if constants[name] not in allowed:
-            sys.exit(f"--{name}={constants[name]}: not one of {', '.join(allowed)} on this machine")
+        if constants[name] not in allowed.split():
+            sys.exit(f"--{name}={constants[name]}: this machine's choices are {allowed}")
     n_here, n_gpus = os.environ.get("LOCAL_WORLD_SIZE", 1), torch.accelerator.device_count()
     if device != "cpu" and local_rank >= n_gpus:
         sys.exit(f"{n_here} processes, but {n_gpus} GPUs here; try --nproc_per_node={n_gpus}")
-    if min(T, n_head) == 0 or n_embd % n_head or max(dropout, beta1, beta2) >= 1:
-        sys.exit(f"need n_embd={n_embd} % n_head={n_head} == 0, T={T} > 0, dropout and betas < 1")
-    fits = [b for b in range(1, max(B, 1) + 1) if total_batch_size % (b * T * world_size) == 0]
+    if min(B, T, n_head) == 0 or n_embd % n_head or max(dropout, beta1, beta2) >= 1:
+        sys.exit(f"need B={B} and T={T} > 0, n_embd={n_embd} % n_head={n_head} == 0, dropout < 1")
+    fits = [b for b in range(1, B + 1) if total_batch_size % (b * T * world_size) == 0]
     if B not in fits or total_batch_size == 0:
-        fix = f"B={fits[-1]}" if fits else f"total_batch_size={max(B, 1) * T * world_size}"
+        fix = f"B={fits[-1]}" if fits else f"total_batch_size={B * T * world_size}"
         sys.exit(f"total_batch_size={total_batch_size} must divide by B * T * processes: --{fix}")
     micro_steps = total_batch_size // (B * T * world_size)
     n_tokens = 256 if os.path.isfile(data) else GPTConfig.vocab_size
@@ -516,63 +513,68 @@ if __name__ == "__main__":
     val = Tokens(data, "val", T, n_tokens)
     n_val = max(1, min(val_tokens // T, val.n_windows))
     if train.n_windows < total_batch_size // T:
-        sys.exit(f"{data}: {train.n_windows} train windows of T + 1 tokens, but a step takes "
-                 f"{total_batch_size // T}; lower --total_batch_size or add data")
-
-    # float16 lacks the range of float32 and bfloat16: scale its loss up, lest gradients vanish
-    best = "bfloat16" if device == "cpu" and torch.cpu._is_avx512_bf16_supported() else "float32"
+        sys.exit(f"{data}: {train.n_windows} windows of T + 1 are too few for "
+                 f"--total_batch_size={total_batch_size}, which takes {total_batch_size // T}")
     if device == "cuda":
         torch.cuda.set_device(local_rank)
         torch.set_float32_matmul_precision("high")  # TF32 for what remains in float32
-        best = "bfloat16" if torch.cuda.get_device_capability() >= (8, 0) else "float16"
     gpu = torch.cuda.get_device_name() if device == "cuda" else device
-    dtype = constants["dtype"] = best if dtype == "auto" else dtype
-    autocast = torch.autocast(device, getattr(torch, dtype), enabled=dtype != "float32")
-    scaler = torch.amp.GradScaler(device, enabled=dtype == "float16")
-    if world_size > 1:
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    autocast = torch.autocast(device, getattr(torch, dtype), enabled=dtype == "bfloat16")
 
-    # start afresh, or from the newest checkpoint in log_dir, also when torchrun has restarted us
-    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    resume = init_from == "resume" or restarted and checkpoint_paths(log_dir) != []
-    config = constants | {"data_hash": train.fingerprint() + val.fingerprint()}
-    start, checkpoint = 0, load_checkpoint(log_dir) if resume else None
+    # start afresh, or from rank 0's newest checkpoint: when asked to, and when torchrun restarts us
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if world_size > 1:  # by way of torchrun's store, where an attempt must not find one before it
+        attempt = restarts if n_here == str(world_size) else ""  # nodes may count in other ways
+        store = dist.PrefixStore(attempt, next(dist.rendezvous("env://"))[0])
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", store=store, rank=rank,
+                                world_size=world_size, timeout=datetime.timedelta(seconds=timeout))
+    restarted = sum_over_ranks([int(restarts)], device)[0] > 0 and checkpoint_paths(log_dir) != []
+    config = constants | {"data_hash": train.hash + val.hash}
+    asked = init_from == "resume"
+    shared = [config, load_checkpoint(log_dir) if rank == 0 and (asked or restarted) else None]
+    if world_size > 1:
+        dist.broadcast_object_list(shared)
+    theirs, checkpoint = shared
+    if other := [k for k in config if config[k] != theirs[k] and k not in ("data", "log_dir")]:
+        sys.exit(f"rank {rank} differs from rank 0 in {', '.join(other)}; launch all nodes alike")
     torch.manual_seed(seed)
-    if resume:
+    start, weights, wandb_run = 0, None, None
+    if checkpoint:
         start, old = checkpoint["step"], checkpoint["config"] | {"init_from": init_from}
         differ = {k: f"{k} was {old.get(k)}, is {v}" for k, v in config.items() if v != old.get(k)}
         fixed = "data_hash seed T total_batch_size n_layer n_head n_embd optimizer".split()
         if wrong := "; ".join(differ[name] for name in fixed if name in differ):
             sys.exit(f"can't resume: {wrong}; set it back, or start anew with --init_from=scratch")
         print("\n  ".join([f"resuming {log_dir} at step {start}", *differ.values()]))
-        gpt_config = GPTConfig(**old["model"] | {"dropout": dropout})
+        gpt_config, weights = GPTConfig(**old["model"] | {"dropout": dropout}), checkpoint["model"]
     elif init_from == "scratch":
         padded = math.ceil(n_tokens / 128) * 128  # 50257 -> 50304, which GPUs multiply faster
         gpt_config = GPTConfig(T, padded, n_layer, n_head, n_embd, dropout)
     else:
         if not os.path.isdir(init_from) and "/" not in init_from and init_from[:4] != "gpt2":
             sys.exit(f"--init_from={init_from}: not scratch, resume, a folder, or a GPT-2 by name")
-        raw_model = GPT.from_pretrained(init_from, dropout)
-        gpt_config = raw_model.config
-    if T > gpt_config.block_size:
-        sys.exit(f"--T={T}: the model has a context of {gpt_config.block_size} tokens")
+        theirs = GPT.from_pretrained(init_from, dropout)
+        gpt_config, weights = theirs.config, theirs.state_dict()
+        if T > gpt_config.block_size or n_tokens != theirs.n_tokens:
+            sys.exit(f"--T={T} with {n_tokens} tokens: --init_from={init_from} has a context of "
+                     f"{gpt_config.block_size} and {theirs.n_tokens} tokens")
     head = {"constants": constants, "torch": torch.__version__, "numpy": np.__version__, "gpu": gpu}
-    log_file = open_log(log_dir, start if resume else None, head) if rank == 0 else None
-    if resume or init_from == "scratch":
-        raw_model = GPT(gpt_config)
-    if resume:
-        raw_model.load_state_dict(checkpoint["model"])
-    raw_model.to(device)
-    config["model"] = dataclasses.asdict(gpt_config)
-    train.vocab_size = val.vocab_size = raw_model.n_tokens
-    if raw_model.n_tokens != n_tokens:
-        print(f"warning: {init_from} has {raw_model.n_tokens} tokens, {data} is made of {n_tokens}")
-    opt = make_optimizer(raw_model, optimizer, weight_decay, (beta1, beta2), momentum,
-                         fused=not scaler.is_enabled())  # the scaler leaves out whole steps
-    if resume:  # the state alone: weight decay and the like are today's
+    log_file = open_log(log_dir, start if checkpoint else None, head) if rank == 0 else sys.stdout
+    if wandb_log and rank == 0:
+        import wandb
+        wandb_run = wandb.init(project=wandb_project, name=log_dir, dir=log_dir, config=config)
+    if compile:
+        try:
+            torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
+        except Exception as error:  # of many kinds; as a rule, there is no C++ compiler
+            print(f"warning: --compile=0, as it fails here: {error!r:.200}")
+            compile = False
+    raw_model = GPT(gpt_config).to(device)
+    raw_model.load_state_dict(weights or raw_model.state_dict())
+    opt = make_optimizer(raw_model, optimizer, weight_decay, (beta1, beta2), momentum)
+    if checkpoint:  # the state alone: weight decay and the like are today's
         opt.load_state_dict(opt.state_dict() | {"state": checkpoint["optimizer"]["state"]})
-        scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())
-        del checkpoint
+    del checkpoint, weights
 
     # raw_model is evaluated, sampled and saved; model, with the same weights, trains: compiled, and
     # in DDP, which averages the gradients of all processes while backward still computes others
@@ -580,26 +582,24 @@ if __name__ == "__main__":
     model = torch.compile(ddp) if compile else ddp
     n_params = sum(p.numel() for p in raw_model.parameters())
     # forward and backward: 6 for each weight but the positions', and attention's (nanoGPT's count)
-    flops_per_token = (6 * (n_params - raw_model.transformer.wpe.weight.numel())
-                       + 12 * gpt_config.n_layer * gpt_config.n_embd * T)
+    C, positions = gpt_config.n_embd, raw_model.transformer.wpe.weight.numel()
+    flops_per_token = 6 * (n_params - positions) + 12 * gpt_config.n_layer * C * T
     peak_flops = next((flops for name, flops in PEAK_FLOPS.items() if name in gpu), None)
-    print(f"{n_params:,} parameters in {dtype} on {world_size} x {gpu}; of {train.n_windows * T:,} "
-          f"tokens {world_size} x {micro_steps} x {B} x {T} = {total_batch_size:,} a step")
-    examples = hellaswag.load(skip=True) if raw_model.n_tokens == GPTConfig.vocab_size else None
-    wandb_run, codec = None, text_codec(raw_model.n_tokens) if rank == 0 and n_samples else None
-    if wandb_log and rank == 0:
-        import wandb
-        wandb_run = wandb.init(project=wandb_project, name=log_dir, dir=log_dir, config=config)
+    print(f"{n_params:,} parameters, {train.n_windows * T:,} tokens, {world_size} x {gpu}, {dtype}")
+    examples = hellaswag.load(skip=True) if n_tokens == GPTConfig.vocab_size else None
+    codec = text_codec(n_tokens) if rank == 0 and n_samples else None
     report = functools.partial(log, log_file, wandb_run)
     signals = []  # the first lets its step end and be saved, a second one kills
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: (
-            signals.append(number), signal.signal(number, signal.SIG_DFL)))
-    last, stopped, launched = max(start, max_steps), False, time.perf_counter()
+        signal.signal(number, lambda n, _: (signals.append(n), signal.signal(n, signal.SIG_DFL)))
+    saver = ThreadPoolExecutor(1)
+    saved = saver.submit(str)  # the save before: there is none yet
+    last, stopped = max(start, max_steps), False
     batch = train.batch((start * micro_steps * world_size + rank) * B, B, device)
     for step in range(start, last + 1):
         # what `step` updates have led to
         final = step == last
+        raw_model.eval()
         if (final or val_every and step % val_every == 0) and not stopped:
             loss = evaluate(raw_model, val, n_val, B, rank, world_size, device, autocast)
             report(f"step {step:5d} | val loss {loss:.4f}", step=step, val_loss=loss)
@@ -612,13 +612,16 @@ if __name__ == "__main__":
                                top_k, seed, device, autocast):
                 report(f"step {step:5d} | sample: {text}\n", step=step, sample=text)
         if rank == 0 and (final or stopped or step and save_every and step % save_every == 0):
-            save_checkpoint(log_dir, keep, {
+            saved.result()  # one at a time, of a copy, while the training goes on
+            state = tree_map_only(torch.Tensor, lambda p: p.to("cpu", copy=True), {
                 "model": raw_model.state_dict(), "optimizer": opt.state_dict(),
-                "scaler": scaler.state_dict(), "step": step, "config": config})
+                "step": step, "config": config | {"model": dataclasses.asdict(gpt_config)}})
+            state["model"]["lm_head.weight"] = state["model"]["transformer.wte.weight"]  # tied
+            saved = saver.submit(save_checkpoint, log_dir, keep, state, final or stopped)
         if final or stopped:
             break
-
         # one update, on the mean gradient over micro_steps batches in each process
+        raw_model.train()
         began = time.perf_counter()
         lr = get_lr(step, max_lr, min_lr, warmup_steps, max_steps)
         for group in opt.param_groups:
@@ -629,29 +632,26 @@ if __name__ == "__main__":
             ddp.require_backward_grad_sync = micro == micro_steps - 1  # average once, at the end
             with autocast:
                 loss = model(*batch) / micro_steps
-            scaler.scale(loss).backward()
+            loss.backward()
             total += loss.detach()
             n = step * micro_steps + micro + 1  # while the GPU is busy, fetch its next batch
             batch = train.batch((n * world_size + rank) * B, B, device)
-        scaler.unscale_(opt)
         norm = nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf).item()
         loss, stopped = sum_over_ranks([total.item() / world_size, len(signals)], device)
-        if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
+        if not math.isfinite(loss + norm):
             sys.exit(f"step {step}: loss {loss}, gradient norm {norm}: stopped; lower --max_lr")
-        scaler.step(opt)  # in float16, leaves out a step whose scaled gradients overflow
-        scaler.update()
+        opt.step()
         opt.zero_grad(set_to_none=True)
         dt = time.perf_counter() - began
-
         if log_every and step % log_every == 0 or step == last - 1:
-            rate, minutes = total_batch_size / dt, (time.perf_counter() - launched) / 60
-            left = minutes / (step + 1 - start) * (last - 1 - step)
+            rate, left = total_batch_size / dt, (last - 1 - step) * dt / 60
             mfu = flops_per_token * rate / (world_size * peak_flops) if peak_flops else None
             report(f"step {step:5d} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | "
                    f"{dt * 1e3:.0f} ms | {rate:,.0f} tokens/s | " +
                    (f"mfu {mfu:.1%} | " if mfu else "") + f"{left:.1f} min left", step=step,
                    train_loss=loss, lr=lr, grad_norm=norm, dt=dt, tokens_per_sec=rate, mfu=mfu)
 
+    saved.result()
     if rank == 0 and not stopped and n_tokens == GPTConfig.vocab_size:
         raw_model.save_pretrained(os.path.join(log_dir, "hf"))
     print(f"stopped at step {step}, --init_from=resume goes on" if stopped else f"done: {log_dir}")

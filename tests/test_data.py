@@ -64,7 +64,7 @@ def test_targets_are_the_inputs_one_place_on(shards):
 
 def test_npy_and_bin_alike(shards):
     a, b = (Tokens(str(folder), "train", 32, VOCAB, seed=7) for folder in shards)
-    assert a.n_windows == b.n_windows and a.fingerprint() == b.fingerprint()
+    assert a.n_windows == b.n_windows and a.hash == b.hash
     for i in range(a.n_windows):
         assert (a.window(i) == b.window(i)).all()
 
@@ -113,12 +113,12 @@ def test_shard_of_another_length_than_its_header_says(folder):
     line = problem(folder)
     assert str(path) in line and "20000" in line and "19000" in line
     path.write_bytes(whole + b"12")
-    with pytest.raises(SystemExit, match=f"{path}: expected 20000 tokens, found 20001"):
+    with pytest.raises(SystemExit, match=f"{path}: .*expected 20000 tokens, found 20001"):
         open_shard(str(path))
     write_bin(folder / "train_1.bin", range(20000))
     path = folder / "train_1.bin"
     path.write_bytes(path.read_bytes()[:-11])
-    with pytest.raises(SystemExit, match=f"{path}: expected 20000 tokens, found 19994.5"):
+    with pytest.raises(SystemExit, match=f"{path}: .*expected 20000 tokens, found 19994.5"):
         open_shard(str(path))
 
 
@@ -127,7 +127,7 @@ def test_shard_of_another_length_than_its_header_says(folder):
 )
 def test_shard_of_another_type(folder, shape, dtype):
     np.save(folder / "train_1.npy", np.zeros(shape, dtype))
-    with pytest.raises(SystemExit, match="train_1.npy: not a shard of uint16 tokens"):
+    with pytest.raises(SystemExit, match="train_1.npy: not a shard"):
         open_shard(str(folder / "train_1.npy"))
 
 
@@ -135,7 +135,7 @@ def test_shard_of_another_type(folder, shape, dtype):
 @pytest.mark.parametrize("name", ["train_1.npy", "train_1.bin"])
 def test_shard_that_is_none(folder, content, name):
     (folder / name).write_bytes(content)
-    with pytest.raises(SystemExit, match=f"{name}: not a shard of uint16 tokens"):
+    with pytest.raises(SystemExit, match=f"{name}: not a shard"):
         open_shard(str(folder / name))
 
 

@@ -9,7 +9,19 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, command, kill, log_of, mistake, series, start, train, wait_for
+from conftest import (
+    ROOT,
+    assert_same_tensors,
+    command,
+    finish,
+    kill,
+    log_of,
+    mistake,
+    series,
+    start,
+    train,
+    wait_for,
+)
 
 
 def test_an_earlier_run_is_moved_aside(text, tmp_path):
@@ -238,10 +250,130 @@ def test_cuda_out_of_memory(text, tmp_path):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize(
-    "flags", [["--dtype=auto", "--compile=1"], ["--dtype=float16"], ["--dtype=float32"]]
-)
+@pytest.mark.parametrize("flags", [["--dtype=bfloat16", "--compile=1"], ["--dtype=float32"]])
 def test_cuda(text, tmp_path, flags):
     train(f"--data={text}", f"--log_dir={tmp_path}/log", "--max_steps=20", "--device=cuda", *flags)
     losses = series(tmp_path / "log", "train_loss")
     assert losses[19] < losses[0] - 0.3
+
+
+FULL = """
+import resource, runpy, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)  # instead of a full disk
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits on Linux")
+def test_no_space_for_a_checkpoint(text, tmp_path):
+    """Warnings while it trains, an error at the end; what was saved before is still there."""
+    flags = [f"--data={text}", f"--log_dir={tmp_path}/log", "--max_steps=6", "--save_every=2"]
+    train(*flags, "--max_steps=2")
+    saved = (tmp_path / "log" / "ckpt_000002.pt").read_bytes()
+    (tmp_path / "full.py").write_text(FULL)
+    python, *rest = command(*flags, "--init_from=resume")
+    result = subprocess.run(
+        [python, f"{tmp_path}/full.py", f"{len(saved) // 2}", *rest],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert result.returncode == 1
+    assert "warning: " in result.stdout and "ckpt_000004.pt can't be saved" in result.stdout
+    (line,) = result.stderr.strip().splitlines()
+    assert "ckpt_000006.pt can't be saved: [Errno 27] File too large" in line
+    assert {path.name for path in (tmp_path / "log").iterdir()} == {"log.jsonl", "ckpt_000002.pt"}
+    assert (tmp_path / "log" / "ckpt_000002.pt").read_bytes() == saved
+    train(*flags, "--init_from=resume")  # as soon as there is room
+    assert list(series(tmp_path / "log", "train_loss")) == list(range(6))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_weights_that_are_not_numbers(text, tmp_path, processes):
+    """All ranks stop before the update, and save nothing."""
+    flags = [f"--data={text}", f"--log_dir={tmp_path}/log", "--max_steps=4", "--B=4"]
+    train(*flags, "--max_steps=2")
+    path = tmp_path / "log" / "ckpt_000002.pt"
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["model"]["transformer.h.1.mlp.c_fc.weight"][0, 0] = float("nan")
+    torch.save(checkpoint, path)
+    result = finish(
+        start(*flags, "--init_from=resume", "--val_every=0", processes=processes), timeout=60
+    )
+    assert result.returncode == 1
+    ours = [line for line in result.stderr.splitlines() if line.startswith("step 2: loss nan")]
+    assert len(ours) == processes, result.stderr
+    assert list((tmp_path / "log").glob("*.pt")) == [path]
+
+
+def test_a_learning_rate_beyond_all_bounds(text, tmp_path):
+    """The evaluation at the end sees it, and nothing is saved."""
+    flags = [f"--data={text}", f"--log_dir={tmp_path}/log", "--max_steps=1"]
+    assert "val loss nan: stopped" in mistake(*flags, "--max_lr=1e38", "--warmup_steps=0")
+    assert not list((tmp_path / "log").glob("*.pt"))
+
+
+def test_flipped_bits_in_a_checkpoint(text, tmp_path):
+    """In the middle of a tensor, where torch.load would not notice."""
+    flags = [f"--data={text}", f"--log_dir={tmp_path}/log", "--max_steps=4", "--save_every=2"]
+    train(*flags)
+    path = tmp_path / "log" / "ckpt_000004.pt"
+    expected = torch.load(path, weights_only=True)["model"]
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    torch.load(path, weights_only=True)
+    result = train(*flags, "--init_from=resume")
+    assert "is damaged" in result.stdout and "at step 2" in result.stdout
+    assert_same_tensors(torch.load(path, weights_only=True)["model"], expected)
+
+
+def test_a_damaged_log_is_kept(text, tmp_path):
+    """Lines that are no longer JSON do not stop a run, and are not thrown away."""
+    flags = [f"--data={text}", f"--log_dir={tmp_path}/log", "--save_every=2"]
+    train(*flags, "--max_steps=4")
+    log = tmp_path / "log" / "log.jsonl"
+    lines = log.read_bytes().splitlines(keepends=True)
+    lines[2] = b'{"st\xff\x00p": ' + lines[2][8:]
+    log.write_bytes(b"".join(lines) + b'{"ste')
+    train(*flags, "--max_steps=6", "--init_from=resume")
+    now = log.read_bytes().splitlines(keepends=True)
+    before_4 = [line for line in lines if not line.startswith(b'{"step": 4')]
+    assert now[: len(before_4)] == before_4
+    for step in (4, 5):
+        assert sum(line.startswith(b'{"step": %d, "train_loss"' % step) for line in now) == 1
+    assert not any(line.startswith(b'{"step": 4, "val_loss"') for line in now)  # of the earlier end
+
+
+def test_no_compiler(text, tmp_path):
+    """One warning, and it goes on without."""
+    (tmp_path / "bin").mkdir()
+    nothing = dict.fromkeys(("CC", "CXX"), "/no/compiler") | {"PATH": str(tmp_path / "bin")}
+    nothing["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path / "cache")
+    flags = [f"--data={text}", f"--log_dir={tmp_path}/log", "--max_steps=2", "--compile=1"]
+    result = train(*flags, env=nothing)
+    assert result.stdout.count("warning: --compile=0") == 1 and not result.stderr
+    assert len(series(tmp_path / "log", "train_loss")) == 2
+
+
+WANDB = ["--max_steps=2", "--wandb_log=1"]
+
+
+def test_wandb_that_is_not_installed(text, tmp_path):
+    (tmp_path / "path").mkdir()
+    (tmp_path / "path" / "wandb.py").write_text("raise ImportError(\"No module named 'wandb'\")")
+    path = {"PYTHONPATH": str(tmp_path / "path")}
+    line = mistake(f"--data={text}", f"--log_dir={tmp_path}/log", *WANDB, env=path)
+    assert "No module named 'wandb'" in line and "pip install wandb" in line
+
+
+def test_wandb_without_a_login_or_offline(text, tmp_path):
+    """No key: an error; offline: it works, and what it writes is in log_dir."""
+    flags = [f"--data={text}", f"--log_dir={tmp_path}/log", *WANDB]
+    home = {"HOME": str(tmp_path), "WANDB_API_KEY": "", "NETRC": str(tmp_path / "netrc")}
+    result = finish(start(*flags, env=home))
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "wandb login" in result.stderr.strip().splitlines()[-1]
+    result = train(*flags, env={**home, "WANDB_MODE": "offline"})
+    assert list((tmp_path / "log").glob("wandb/offline-run-*/*.wandb"))

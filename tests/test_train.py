@@ -234,6 +234,29 @@ def test_stop_signal(text, tmp_path, number, processes):
     assert list(series(tmp_path / "log", "train_loss")) == list(range(step + 2))
 
 
+@pytest.mark.parametrize(
+    "moment, flags",
+    [
+        ("val_loss", ["--compile=1"]),  # in the first step, while it compiles
+        ("train_loss", ["--val_every=1", "--val_tokens=12000", "--B=1"]),  # while it evaluates
+        ("train_loss", ["--save_every=1", "--n_embd=256", "--n_layer=8"]),  # while it saves
+    ],
+)
+def test_a_signal_at_other_moments(text, tmp_path, moment, flags):
+    """The step at hand, or the next one, ends and is saved."""
+    process = start(f"--data={text}", f"--log_dir={tmp_path}/log", "--max_steps=5000", *flags)
+    log = tmp_path / "log" / "log.jsonl"
+    wait_for(lambda: log.exists() and moment in log.read_text(), process)
+    time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    result = finish(process)
+    assert result.returncode == 0 and not result.stderr
+    path = sorted((tmp_path / "log").glob("ckpt_*.pt"))[-1]
+    step = load(path)["step"]
+    assert f"stopped at step {step}" in result.stdout and step <= 5
+    assert list(series(tmp_path / "log", "train_loss")) == list(range(step))
+
+
 def test_a_second_signal_leaves_at_once(text, tmp_path):
     """In a first step of a minute, which the first signal lets go on."""
     process = start(
@@ -298,14 +321,6 @@ def test_shards_end_in_a_folder_for_transformers(shards, tmp_path):
     )  # without the 47 rows of padding, a little less
 
 
-def test_float16_with_loss_scaling(text, tmp_path, straight):
-    train(f"--data={text}", f"--log_dir={tmp_path}/log", "--max_steps=12", "--dtype=float16")
-    assert load(tmp_path / "log" / "ckpt_000012.pt")["scaler"]["scale"] > 0
-    assert series(tmp_path / "log", "val_loss")[12] == pytest.approx(
-        series(straight[0], "val_loss")[12], abs=0.05
-    )
-
-
 def test_bfloat16(text, tmp_path, straight):
     train(f"--data={text}", f"--log_dir={tmp_path}/log", "--max_steps=12", "--dtype=bfloat16")
     assert series(tmp_path / "log", "val_loss")[12] == pytest.approx(
@@ -318,7 +333,7 @@ def test_every_parameter_is_in_one_group(optimizer):
     from train_gpt2 import GPT, GPTConfig, make_optimizer
 
     model = GPT(GPTConfig(block_size=8, vocab_size=256, n_layer=2, n_head=2, n_embd=16))
-    groups = make_optimizer(model, optimizer, 0.1, (0.9, 0.95), 0.95, fused=True).param_groups
+    groups = make_optimizer(model, optimizer, 0.1, (0.9, 0.95), 0.95).param_groups
     named = {id(p): name for name, p in model.named_parameters()}
     assert sorted(named) == sorted(id(p) for group in groups for p in group["params"])
     for group in groups:
@@ -342,12 +357,13 @@ def test_adamw_is_torch_s(text, straight):
         decay = [p for p in model.parameters() if p.dim() == 2]
         rest = [p for p in model.parameters() if p.dim() == 1]
         optimizer = (
-            make_optimizer(model, "adamw", 0.1, (0.9, 0.95), 0.95, fused=False)
+            make_optimizer(model, "adamw", 0.1, (0.9, 0.95), 0.95)
             if ours
             else (
                 torch.optim.AdamW(
                     [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
                     betas=(0.9, 0.95),
+                    fused=True,
                 )
             )
         )
