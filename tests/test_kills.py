@@ -1,0 +1,191 @@
+"""Nothing is lost: kills, ranks that die or hang, restarts, many nodes, and random damage."""
+
+import collections
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import fuzz
+import pytest
+import torch
+from conftest import (
+    ROOT,
+    TINY,
+    assert_same_tensors,
+    finish,
+    series,
+    start,
+    train,
+    wait_for,
+)
+from storm import kill_all, pids_of, storm
+
+CALM = {"tensors that differ": 0, "steps lost": 0, "steps twice": 0}
+RUN = ["--max_steps=40", "--save_every=5", "--B=4", "--total_batch_size=256", "--dropout=0.1"]
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def assert_same_end(a, b, step=40):
+    a, b = (load(run / f"ckpt_{step:06d}.pt") for run in (a, b))
+    assert_same_tensors(a["model"], b["model"])
+    assert_same_tensors(a["optimizer"], b["optimizer"])
+
+
+@pytest.mark.parametrize("processes, kills", [(1, 20), (2, 5)])
+def test_a_storm_of_kills(tmp_path, processes, kills):
+    flags = ["--optimizer=muon"] if processes == 1 else ["--optimizer=adamw"]
+    found = storm(tmp_path, kills, processes, seed=kills, flags=flags)
+    assert found == {"kills": kills, **CALM}
+
+
+def test_random_damage(tmp_path):
+    found = fuzz.fuzz(tmp_path, 500)
+    kinds = collections.Counter()
+    for (kind, _), n in found.items():
+        kinds[kind] += n
+    assert sum(kinds.values()) == 500 and min(kinds[k] for k in kinds) > 50 and len(kinds) == 4
+    assert found["checkpoint", 0] and found["checkpoint", 1] and found["shard", 1]
+
+
+def torchrun(*flags, processes=2, more=(), **how):
+    """A run under torchrun, with flags of its own."""
+    run = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", *more]
+    return subprocess.Popen(
+        [*run, str(ROOT / "train_gpt2.py"), *TINY, *map(str, flags)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        **how,
+    )
+
+
+def workers_of(log_dir):
+    """The pids of a run's ranks."""
+    ps = subprocess.run(["ps", "-Aww", "-o", "pid=,args="], capture_output=True, text=True).stdout
+    rows = [line.split(None, 1) for line in ps.splitlines() if f"--log_dir={log_dir}" in line]
+    return [int(pid) for pid, args in rows if "torch.distributed.run" not in args]
+
+
+def test_torchrun_restarts_where_a_rank_was_killed(text, tmp_path):
+    """Twice, at random moments; it resumes by itself, though launched from scratch."""
+    flags = [f"--data={text}", *RUN, "--max_steps=300"]
+    undisturbed = start(*flags, f"--log_dir={tmp_path}/a", processes=2)
+    log_dir, chance = tmp_path / "b", random.Random(0)
+    more = ["--standalone", "--max-restarts=2"]
+    process = torchrun(*flags, f"--log_dir={log_dir}", more=more)
+    for step in (20, 150):
+        wait_for(lambda step=step: (log_dir / f"ckpt_{step:06d}.pt").exists(), process)
+        time.sleep(chance.uniform(0, 0.3))
+        os.kill(chance.choice(workers_of(log_dir)), signal.SIGKILL)
+    result = finish(process)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("resuming") == 2
+    assert finish(undisturbed).returncode == 0
+    assert_same_end(tmp_path / "a", log_dir, 300)
+    assert list(series(log_dir, "train_loss")) == list(range(300))
+
+
+def test_without_restarts_the_others_leave_too(text, tmp_path):
+    flags = [f"--data={text}", f"--log_dir={tmp_path}/log", *RUN, "--max_steps=5000"]
+    process = torchrun(*flags, more=["--standalone"])
+    wait_for((tmp_path / "log" / "ckpt_000005.pt").exists, process)
+    os.kill(workers_of(tmp_path / "log")[1], signal.SIGKILL)
+    assert finish(process, 60).returncode == 1
+    assert not pids_of(tmp_path / "log")
+
+
+def test_a_rank_that_hangs(text, tmp_path):
+    """The others give up after the timeout, and the run can be resumed."""
+    flags = [f"--data={text}", f"--log_dir={tmp_path}/log", *RUN, "--max_steps=5000"]
+    process = torchrun(*flags, "--timeout=3", more=["--standalone"])
+    wait_for((tmp_path / "log" / "ckpt_000005.pt").exists, process)
+    os.kill(workers_of(tmp_path / "log")[-1], signal.SIGSTOP)
+    try:
+        result = finish(process, 90)  # torchrun itself waits for 30 s before it kills
+    finally:
+        kill_all(process, tmp_path / "log")
+    assert result.returncode == 1
+    steps = max(series(tmp_path / "log", "train_loss"))
+    train(*flags[:2], *RUN[1:], f"--max_steps={steps + 2}", "--init_from=resume")
+    assert list(series(tmp_path / "log", "train_loss")) == list(range(steps + 2))
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def straight(text, tmp_path_factory):
+    """The run in one process."""
+    log_dir = tmp_path_factory.mktemp("straight") / "log"
+    train(f"--data={text}", f"--log_dir={log_dir}", *RUN, "--dropout=0")
+    return log_dir
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_two_nodes(text, tmp_path, straight, processes):
+    """Two agents on this machine, with a log_dir each: the second one's stays empty."""
+    flags = [f"--data={text}", *RUN, "--dropout=0"]
+    flags += [f"--B={4 // processes}"]
+    address = ["--nnodes=2", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
+    nodes = [
+        torchrun(
+            *flags,
+            f"--log_dir={tmp_path}/{rank}",
+            processes=processes,
+            more=[*address, f"--node_rank={rank}"],
+        )
+        for rank in (0, 1)
+    ]
+    results = [finish(node) for node in nodes]
+    assert [result.returncode for result in results] == [0, 0], results
+    assert "step    10" in results[0].stdout and not results[1].stdout
+    assert not (tmp_path / "1").exists()
+    for name in ("train_loss", "val_loss", "grad_norm"):
+        found, expected = series(tmp_path / "0", name), series(straight, name)
+        assert found == pytest.approx(expected, abs=2e-4)
+
+
+def test_nodes_that_were_launched_in_different_ways(text, tmp_path):
+    address = ["--nnodes=2", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
+    nodes = [
+        torchrun(
+            f"--data={text}",
+            *RUN,
+            f"--log_dir={tmp_path}/log",
+            f"--seed={rank}",
+            processes=1,
+            more=[*address, f"--node_rank={rank}"],
+        )
+        for rank in (0, 1)
+    ]
+    results = [finish(node, 60) for node in nodes]
+    assert [result.returncode for result in results] == [1, 1]
+    assert "rank 1 differs from rank 0 in seed" in results[1].stderr
+
+
+def test_resume_on_other_numbers_of_processes(text, tmp_path, straight):
+    """Two to step 20, one to 30, four to the end: the tokens of the straight run at each step."""
+    log_dir = tmp_path / "log"
+    flags = [f"--data={text}", *RUN, "--dropout=0", f"--log_dir={log_dir}"]
+    for step, processes, init_from in ((20, 2, "scratch"), (30, 1, "resume")):
+        process = start(*flags, f"--init_from={init_from}", processes=processes)
+        wait_for((log_dir / f"ckpt_{step:06d}.pt").exists, process)
+        kill_all(process, log_dir)
+        for path in log_dir.glob("ckpt_*.pt"):
+            if path.name > f"ckpt_{step:06d}.pt":
+                path.unlink()
+    train(*flags, "--init_from=resume", "--B=2", processes=4)
+    found, expected = (series(run, "train_loss") for run in (tmp_path / "log", straight))
+    assert list(found) == list(range(40))
+    assert found == pytest.approx(expected, abs=1e-3)
