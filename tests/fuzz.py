@@ -1,0 +1,237 @@
+"""
+Random damage: bits flipped, ends cut off, bytes appended to shards, checkpoints and log.jsonl, and
+command lines with nonsense in them. Whatever it is, a run ends well, in the same weights as without
+the damage, or in one line that says what is wrong; never in a traceback, a crash or a hang.
+
+    python tests/fuzz.py --rounds=5000 --seed=1
+
+Runs are forks of this process, which has imported everything once: some ten of them a second.
+"""
+
+import argparse
+import collections
+import os
+import random
+import re
+import runpy
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch._dynamo  # noqa: F401, as torch.optim imports it
+from conftest import ROOT, TINY, log_of, write_bin
+from storm import different_tensors
+from transformers import GPT2Config, GPT2LMHeadModel  # noqa: F401
+
+torch.set_num_threads(1)  # a fork does not inherit threads, and would wait for them
+SMALL = [*TINY, "--n_layer=1", "--n_embd=8", "--n_samples=0", "--T=16", "--B=4", "--keep=0"]
+SMALL += ["--total_batch_size=64", "--val_tokens=64", "--save_every=2", "--val_every=0"]
+
+
+def run(flags, folder, timeout=60):
+    """-> exit status (negative for a signal), stdout, stderr of train_gpt2.py in a fork."""
+    out, err = folder / "stdout", folder / "stderr"
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            os.dup2(os.open(out, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), 1)
+            os.dup2(os.open(err, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), 2)
+            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", errors="backslashreplace")
+            os.chdir(folder)
+            sys.argv = ["train_gpt2.py", *flags]
+            runpy.run_path(str(ROOT / "train_gpt2.py"), run_name="__main__")
+            status = 0
+        except SystemExit as error:
+            status = error.code if isinstance(error.code, int) else int(error.code is not None)
+            if isinstance(error.code, str):
+                print(error.code, file=sys.stderr)
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    deadline = time.monotonic() + timeout
+    while not (ended := os.waitpid(pid, os.WNOHANG))[0]:
+        if time.monotonic() > deadline:
+            os.kill(pid, 9)
+        time.sleep(0.002)
+    return os.waitstatus_to_exitcode(ended[1]), out.read_text(), err.read_text()
+
+
+def damage(path, chance):
+    """One to three flips, cuts or additions, at random places of a file."""
+    content = bytearray(path.read_bytes())
+    for _ in range(chance.choice([1, 1, 1, 2, 3])):
+        kind = chance.random()
+        if kind < 0.6 and content:
+            where = chance.randrange(len(content))
+            if chance.random() < 0.3:  # in the headers more often
+                where = chance.randrange(min(200, len(content)))
+            content[where] ^= 1 << chance.randrange(8)
+        elif kind < 0.8:
+            del content[chance.randrange(len(content) + 1) :]
+        else:
+            content += chance.randbytes(chance.choice([1, 2, 100, 5000]))
+    path.write_bytes(content)
+
+
+class Fuzz:
+    def __init__(self, folder, seed):
+        self.folder, self.chance = folder, random.Random(seed)
+        self.text = folder / "play.txt"
+        self.text.write_bytes((ROOT / "input.txt").read_bytes()[:20_000])
+        self.shards = folder / "shards"
+        self.shards.mkdir()
+        tokens = np.random.default_rng(0).integers(0, 50257, 6000).astype(np.uint16)
+        np.save(self.shards / "val_0.npy", tokens[:1000])
+        np.save(self.shards / "train_1.npy", tokens[1000:3000])
+        write_bin(self.shards / "train_2.bin", tokens[3000:])
+        self.straight, self.resumable = {}, {}
+        for data in (self.text, self.shards):  # six updates; and a run that was killed after four
+            log_dir = folder / f"log-{data.name}"
+            flags = [*SMALL, f"--data={data}", f"--log_dir={log_dir}"]
+            status, out, err = run([*flags, "--max_steps=6"], folder)
+            assert status == 0, err
+            self.straight[data] = torch.load(log_dir / "ckpt_000006.pt", weights_only=True)
+            (log_dir / "ckpt_000006.pt").unlink()
+            self.resumable[data] = log_dir
+
+    def resume(self, data, damaged):
+        """Damages a file of a resumable run or its shards. -> status, stdout, stderr, log_dir"""
+        log_dir, source = self.folder / "log", self.folder / "data"
+        for old in (log_dir, source):
+            shutil.rmtree(old, ignore_errors=True)
+        shutil.copytree(self.resumable[data], log_dir)
+        if data.is_dir():
+            shutil.copytree(data, source)
+        paths = [path for path in damaged(log_dir, source)]
+        for path in paths:
+            damage(path, self.chance)
+        flags = [f"--data={source if data.is_dir() else data}", f"--log_dir={log_dir}"]
+        return *run([*SMALL, *flags, "--max_steps=6", "--init_from=resume"], self.folder), log_dir
+
+    def ends_alike(self, data, log_dir):
+        found = torch.load(log_dir / "ckpt_000006.pt", weights_only=True)
+        expected = self.straight[data]
+        return not any(different_tensors(found[k], expected[k]) for k in ("model", "optimizer"))
+
+    def checkpoint(self):
+        def damaged(log_dir, _):
+            paths = sorted(log_dir.glob("ckpt_*.pt"))
+            self.all = self.chance.random() < 0.2
+            return paths if self.all else paths[-1:]
+
+        status, out, err, log_dir = self.resume(self.text, damaged)
+        if status == 0:
+            steps = [event["step"] for event in log_of(log_dir) if "train_loss" in event]
+            assert self.ends_alike(self.text, log_dir), "other weights"
+            assert steps == list(range(6)), "steps lost or twice"
+        else:
+            assert self.all, f"a whole checkpoint was not used: {out} {err}"
+        return status, err
+
+    def log(self):
+        status, out, err, log_dir = self.resume(self.text, lambda log, _: [log / "log.jsonl"])
+        assert status == 0 and self.ends_alike(self.text, log_dir), "a damaged log stops the run"
+        lines = (log_dir / "log.jsonl").read_bytes().splitlines()
+        logged = [
+            line.startswith(b'{"step": %d, "train_loss"' % step)
+            for line in lines
+            for step in (4, 5)
+        ]
+        assert sum(logged) == 2, "steps lost or twice"
+        return status, err
+
+    def shard(self):
+        def damaged(_, source):
+            return [self.chance.choice(list(source.iterdir()))]
+
+        status, out, err, log_dir = self.resume(self.shards, damaged)
+        assert status or self.ends_alike(self.shards, log_dir), "trained on damaged shards"
+        return status, err
+
+    def command_line(self):
+        """Values that are nonsense for names that exist, and flags with characters changed."""
+        chance = self.chance
+        text = (ROOT / "train_gpt2.py").read_text()
+        listed = re.findall(r"^(\w+(?:, \w+)*) = ", text.split("# --name=value")[0], re.MULTILINE)
+        names = [name for names in listed for name in names.split(", ")]
+        nonsense = [
+            "",
+            "abc",
+            "-1",
+            "1.5.1",
+            "0x10",
+            "1_000",
+            "nan",
+            "inf",
+            "-inf",
+            "1e999",
+            "1e-999",
+        ]
+        nonsense += [
+            "true",
+            "None",
+            "[]",
+            "\u0663",
+            "\udcff",
+            "=",
+            "--",
+            " 1",
+            "é" * 300,
+            "9" * 5000,
+        ]
+        flag = f"--{chance.choice(names)}={chance.choice([*nonsense, '0', '0.0', '1e-3', '1'])}"
+        if chance.random() < 0.3:
+            characters = list(flag)
+            for _ in range(chance.randrange(1, 4)):
+                characters[chance.randrange(len(characters))] = chance.choice("-=abB1.é \t_")
+            flag = "".join(characters)
+        name = flag.removeprefix("--").partition("=")[0]
+        flags = [] if name in ("data", "log_dir") else [f"--log_dir={self.folder / 'log'}"]
+        flags += [] if name == "data" else [f"--data={self.text}"]
+        small = [each for each in [*SMALL, "--max_steps=1"] if not each.startswith(f"--{name}=")]
+        if name == "max_steps" and flag.endswith("9"):
+            return 0, ""
+        status, out, err = run([*small, *flags, flag], self.folder)
+        self.last = flag
+        return status, err
+
+    def round(self):
+        kinds = [self.checkpoint, self.log, self.shard, self.command_line]
+        kind = self.chance.choices(kinds, [3, 2, 3, 2])[0]
+        self.last = kind.__name__
+        status, err = kind()
+        assert status in (0, 1), f"exit status {status}: {err}"
+        lines = [line for line in err.splitlines() if line.strip() and "model shards: " not in line]
+        assert len(lines) == status, err  # but for transformers' progress bar
+        return kind.__name__, status
+
+
+def fuzz(folder, rounds, seed=0):
+    """-> how often each kind of damage had which exit status."""
+    fuzz, found = Fuzz(folder, seed), collections.Counter()
+    for i in range(rounds):
+        try:
+            found[fuzz.round()] += 1
+        except AssertionError as error:
+            raise AssertionError(f"round {i} of seed {seed}, {fuzz.last!r:.200}: {error}") from None
+    return found
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.monotonic()
+        for (kind, status), n in sorted(fuzz(Path(folder), args.rounds, args.seed).items()):
+            print(f"{kind}, exit status {status}: {n}")
+        print(f"{args.rounds / (time.monotonic() - began):.1f} a second")
