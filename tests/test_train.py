@@ -121,6 +121,21 @@ def test_exact_resume_after_kill(text, tmp_path, processes, optimizer):
     assert series(tmp_path / "a", "val_loss") == series(tmp_path / "b", "val_loss")
 
 
+def test_a_save_is_of_its_step_though_training_goes_on(text, tmp_path):
+    """Saving 40 MB takes longer than a step; each checkpoint leads to the same end."""
+    flags = [f"--data={text}", f"--log_dir={tmp_path}/log", "--max_steps=6", "--save_every=1"]
+    flags += ["--keep=0", "--n_embd=256", "--n_layer=4", "--B=1", "--T=1", "--total_batch_size=1"]
+    flags += ["--optimizer=adamw", "--val_tokens=1"]
+    train(*flags)
+    paths = sorted((tmp_path / "log").glob("*.pt"))
+    expected = load(paths[-1])
+    for path in paths[-3:]:
+        path.unlink()
+    train(*flags, "--init_from=resume")
+    assert_same_tensors(load(paths[-1])["model"], expected["model"])
+    assert_same_tensors(load(paths[-1])["optimizer"], expected["optimizer"])
+
+
 def test_resume_with_other_batch_and_processes(straight, text, tmp_path):
     """The tokens stay the same, and so do the losses."""
     log_dir, _ = straight
