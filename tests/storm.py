@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import torch
-from conftest import ROOT, assert_same_tensors, finish, log_of, start
+from conftest import ROOT, assert_same_tensors, finish, log_of, series, start
 
 
 def pids_of(log_dir):
@@ -87,6 +87,8 @@ def storm(folder, kills, processes=1, seed=0, flags=()):
     for checkpoint in (a, b):
         del checkpoint["config"]
     steps = [event["step"] for event in log_of(stormy) if "train_loss" in event]
+    for name in ("train_loss", "grad_norm", "val_loss"):
+        assert series(calm, name) == series(stormy, name), name
     assert len(list(stormy.glob("*.pt"))) == 2
     return {
         "kills": done,

@@ -125,13 +125,6 @@ def test_our_model_counts_as_the_reference(data, folder, reference):
     assert few[0] == few[1] and few[0]["total"] == 20
 
 
-def test_every_example_once(data, folder):
-    """Three ranks, and a number that does not divide by three."""
-    flags = folder, f"--data={data}", "--limit=40", "--device=cpu"
-    last = score(*flags)[-1]
-    assert last == score(*flags, processes=3)[-1] and "/40=" in last
-
-
 def test_show(data, folder):
     lines = score(folder, f"--data={data}", "--limit=4", "--show=2", "--device=cpu")
     examples = [json.loads(line) for line in data.read_text().splitlines()[:2]]
@@ -293,11 +286,13 @@ def test_only_the_right_file_is_kept(tmp_path, copy, folder):
             copied.load()
 
 
-def test_ranks_download_once(tmp_path, copy, folder):
+def test_ranks_download_once_and_score_every_example_once(tmp_path, copy, folder):
+    """Three ranks, and a number that does not divide by three."""
     site = copy(copy.right)
-    how = dict(script=tmp_path / "hellaswag.py", processes=4)
-    assert "/60=" in score(folder, "--device=cpu", **how)[-1]
-    assert site.asked == 1
+    flags, script = (folder, "--limit=40", "--device=cpu"), tmp_path / "hellaswag.py"
+    last = score(*flags, script=script, processes=3)[-1]
+    assert site.asked == 1 and "/40=" in last
+    assert last == score(*flags, script=script)[-1]
 
 
 @pytest.mark.parametrize("compile", [0, 1])

@@ -14,7 +14,6 @@ from conftest import (
     assert_same_tensors,
     command,
     finish,
-    kill,
     log_of,
     series,
     start,
@@ -90,37 +89,6 @@ def test_the_same_losses_for_any_topology(straight, text, tmp_path, how):
             assert found[step] == pytest.approx(expected[step], abs=2e-4), (name, step)
 
 
-@pytest.mark.parametrize("processes, optimizer", [(1, "muon"), (2, "adamw")])
-def test_exact_resume_after_kill(text, tmp_path, processes, optimizer):
-    flags = (
-        f"--data={text}",
-        "--max_steps=40",
-        "--dropout=0.1",
-        "--save_every=20",
-        "--B=4",
-        "--total_batch_size=1024",
-        "--n_embd=64",
-        f"--optimizer={optimizer}",
-        "--keep=9",
-    )
-    how = {"processes": processes}
-    undisturbed = start(*flags, f"--log_dir={tmp_path}/a", **how)
-    process = start(*flags, f"--log_dir={tmp_path}/b", **how)
-    wait_for((tmp_path / "b" / "ckpt_000020.pt").exists, process)
-    kill(process)
-    assert not (tmp_path / "b" / "ckpt_000040.pt").exists()
-    assert finish(undisturbed).returncode == 0
-    assert (
-        "resuming" in train(*flags, f"--log_dir={tmp_path}/b", "--init_from=resume", **how).stdout
-    )
-    a, b = (load(tmp_path / run / "ckpt_000040.pt") for run in "ab")
-    assert_same_tensors(a["model"], b["model"])
-    assert_same_tensors(a["optimizer"], b["optimizer"])
-    assert list(series(tmp_path / "b", "train_loss")) == list(range(40))
-    assert series(tmp_path / "a", "train_loss") == series(tmp_path / "b", "train_loss")
-    assert series(tmp_path / "a", "val_loss") == series(tmp_path / "b", "val_loss")
-
-
 def test_a_save_is_of_its_step_though_training_goes_on(text, tmp_path):
     """Saving 40 MB takes longer than a step; each checkpoint leads to the same end."""
     flags = [f"--data={text}", f"--log_dir={tmp_path}/log", "--max_steps=6", "--save_every=1"]
@@ -134,18 +102,6 @@ def test_a_save_is_of_its_step_though_training_goes_on(text, tmp_path):
     train(*flags, "--init_from=resume")
     assert_same_tensors(load(paths[-1])["model"], expected["model"])
     assert_same_tensors(load(paths[-1])["optimizer"], expected["optimizer"])
-
-
-def test_resume_with_other_batch_and_processes(straight, text, tmp_path):
-    """The tokens stay the same, and so do the losses."""
-    log_dir, _ = straight
-    flags = f"--data={text}", f"--log_dir={tmp_path}/log"
-    train(*flags, "--max_steps=12", "--save_every=6", "--keep=0")
-    (tmp_path / "log" / "ckpt_000012.pt").unlink()
-    result = train(*flags, "--max_steps=12", "--init_from=resume", "--B=4", processes=2)
-    assert "B was 8, is 4" in result.stdout
-    for step, loss in series(log_dir, "train_loss").items():
-        assert series(tmp_path / "log", "train_loss")[step] == pytest.approx(loss, abs=2e-4)
 
 
 def test_resume_at_the_end_evaluates_and_is_done(straight, text):
