@@ -5,63 +5,26 @@ the damage, or in one line that says what is wrong; never in a traceback, a cras
 
     python tests/fuzz.py --rounds=5000 --seed=1
 
-Runs are forks of this process, which has imported everything once: some ten of them a second.
+Runs are forks of this process, which has imported everything once: five to ten of them a second.
 """
 
 import argparse
 import collections
-import os
 import random
 import re
-import runpy
 import shutil
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch._dynamo  # noqa: F401, as torch.optim imports it
-from conftest import ROOT, TINY, log_of, write_bin
+from conftest import ROOT, TINY, fork, log_of, write_bin
 from storm import different_tensors
-from transformers import GPT2Config, GPT2LMHeadModel  # noqa: F401
 
 torch.set_num_threads(1)  # a fork does not inherit threads, and would wait for them
 SMALL = [*TINY, "--n_layer=1", "--n_embd=8", "--n_samples=0", "--T=16", "--B=4", "--keep=0"]
 SMALL += ["--total_batch_size=64", "--val_tokens=64", "--save_every=2", "--val_every=0"]
-
-
-def run(flags, folder, timeout=60):
-    """-> exit status (negative for a signal), stdout, stderr of train_gpt2.py in a fork."""
-    out, err = folder / "stdout", folder / "stderr"
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            os.dup2(os.open(out, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), 1)
-            os.dup2(os.open(err, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), 2)
-            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", errors="backslashreplace")
-            os.chdir(folder)
-            sys.argv = ["train_gpt2.py", *flags]
-            runpy.run_path(str(ROOT / "train_gpt2.py"), run_name="__main__")
-            status = 0
-        except SystemExit as error:
-            status = error.code if isinstance(error.code, int) else int(error.code is not None)
-            if isinstance(error.code, str):
-                print(error.code, file=sys.stderr)
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
-    deadline = time.monotonic() + timeout
-    while not (ended := os.waitpid(pid, os.WNOHANG))[0]:
-        if time.monotonic() > deadline:
-            os.kill(pid, 9)
-        time.sleep(0.002)
-    return os.waitstatus_to_exitcode(ended[1]), out.read_text(), err.read_text()
 
 
 def damage(path, chance):
@@ -96,8 +59,8 @@ class Fuzz:
         for data in (self.text, self.shards):  # six updates; and a run that was killed after four
             log_dir = folder / f"log-{data.name}"
             flags = [*SMALL, f"--data={data}", f"--log_dir={log_dir}"]
-            status, out, err = run([*flags, "--max_steps=6"], folder)
-            assert status == 0, err
+            result = fork(*flags, "--max_steps=6")
+            assert result.returncode == 0, result.stderr
             self.straight[data] = torch.load(log_dir / "ckpt_000006.pt", weights_only=True)
             (log_dir / "ckpt_000006.pt").unlink()
             self.resumable[data] = log_dir
@@ -114,7 +77,8 @@ class Fuzz:
         for path in paths:
             damage(path, self.chance)
         flags = [f"--data={source if data.is_dir() else data}", f"--log_dir={log_dir}"]
-        return *run([*SMALL, *flags, "--max_steps=6", "--init_from=resume"], self.folder), log_dir
+        result = fork(*SMALL, *flags, "--max_steps=6", "--init_from=resume", timeout=60)
+        return result.returncode, result.stdout, result.stderr, log_dir
 
     def ends_alike(self, data, log_dir):
         found = torch.load(log_dir / "ckpt_000006.pt", weights_only=True)
@@ -199,9 +163,9 @@ class Fuzz:
         small = [each for each in [*SMALL, "--max_steps=1"] if not each.startswith(f"--{name}=")]
         if name == "max_steps" and flag.endswith("9"):
             return 0, ""
-        status, out, err = run([*small, *flags, flag], self.folder)
         self.last = flag
-        return status, err
+        result = fork(*small, *flags, flag, timeout=60, cwd=self.folder)
+        return result.returncode, result.stderr
 
     def round(self):
         kinds = [self.checkpoint, self.log, self.shard, self.command_line]
