@@ -502,7 +502,7 @@ if __name__ == "__main__":
     if device != "cpu" and local_rank >= n_gpus:
         sys.exit(f"{n_here} processes, but {n_gpus} GPUs here; try --nproc_per_node={n_gpus}")
     if min(B, T, n_head) == 0 or n_embd % n_head or max(dropout, beta1, beta2) >= 1:
-        sys.exit(f"need B={B} and T={T} > 0, n_embd={n_embd} % n_head={n_head} == 0, dropout < 1")
+        sys.exit(f"need {B=} and {T=} > 0, {n_embd=} % {n_head=} == 0, dropout and betas < 1")
     fits = [b for b in range(1, B + 1) if total_batch_size % (b * T * world_size) == 0]
     if B not in fits or total_batch_size == 0:
         fix = f"B={fits[-1]}" if fits else f"total_batch_size={B * T * world_size}"
@@ -553,11 +553,11 @@ if __name__ == "__main__":
     else:
         if not os.path.isdir(init_from) and "/" not in init_from and init_from[:4] != "gpt2":
             sys.exit(f"--init_from={init_from}: not scratch, resume, a folder, or a GPT-2 by name")
-        theirs = GPT.from_pretrained(init_from, dropout)
-        gpt_config, weights = theirs.config, theirs.state_dict()
-        if T > gpt_config.block_size or n_tokens != theirs.n_tokens:
+        pretrained = GPT.from_pretrained(init_from, dropout)
+        gpt_config, weights = pretrained.config, pretrained.state_dict()
+        if T > gpt_config.block_size or n_tokens != pretrained.n_tokens:
             sys.exit(f"--T={T} with {n_tokens} tokens: --init_from={init_from} has a context of "
-                     f"{gpt_config.block_size} and {theirs.n_tokens} tokens")
+                     f"{gpt_config.block_size} and {pretrained.n_tokens} tokens")
     head = {"constants": constants, "torch": torch.__version__, "numpy": np.__version__, "gpu": gpu}
     log_file = open_log(log_dir, start if checkpoint else None, head) if rank == 0 else sys.stdout
     if wandb_log and rank == 0:

@@ -12,14 +12,11 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
+import pytest
+
 # a thread a process, as tests run side by side; no calls to the hub
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
-
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-import torch._dynamo  # noqa: E402, F401, as torch.optim imports it
-from transformers import GPT2Config, GPT2LMHeadModel  # noqa: E402, F401
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -78,11 +75,12 @@ def shards(tmp_path_factory, environment):
     return folders
 
 
-def command(*flags, processes=1, tiny=True):
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+def command(*flags, processes=1, tiny=True, torchrun=None):
+    """Several processes, or flags for torchrun itself, need torchrun."""
+    module = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
     return [
         sys.executable,
-        *(torchrun if processes > 1 else []),
+        *([*module, *(torchrun or ["--standalone"])] if processes > 1 or torchrun else []),
         str(ROOT / "train_gpt2.py"),
         *(TINY if tiny else []),
         *map(str, flags),
@@ -114,6 +112,9 @@ def finish(process, timeout=180):
 def fork(*flags, timeout=180, cwd="."):
     """The script as a process of its own, like finish(start(...)), but forked from this one, which
     has imported torch already: that takes a tenth of the time."""
+    import torch._dynamo  # noqa: F401, as torch.optim does
+    from transformers import GPT2Config, GPT2LMHeadModel  # noqa: F401
+
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         pid = os.fork()
         if pid == 0:
@@ -148,10 +149,12 @@ def fork(*flags, timeout=180, cwd="."):
         return subprocess.CompletedProcess(flags, status, out.read(), err.read())
 
 
-def run(*flags, env=None, processes=1):
-    """To the end: as a fork, if nothing stands against it."""
-    if env or processes > 1 or "--compile=1" in flags:
-        return finish(start(*flags, env=env, processes=processes))
+def run(*flags, **how):
+    """To the end: as a fork, if nothing stands against it. A GPU does: forks can't use it."""
+    import torch
+
+    if how or "--compile=1" in flags or torch.accelerator.is_available():
+        return finish(start(*flags, **how))
     return fork(*TINY, *flags)
 
 

@@ -73,8 +73,7 @@ class Fuzz:
         shutil.copytree(self.resumable[data], log_dir)
         if data.is_dir():
             shutil.copytree(data, source)
-        paths = [path for path in damaged(log_dir, source)]
-        for path in paths:
+        for path in damaged(log_dir, source):
             damage(path, self.chance)
         flags = [f"--data={source if data.is_dir() else data}", f"--log_dir={log_dir}"]
         result = fork(*SMALL, *flags, "--max_steps=6", "--init_from=resume", timeout=60)
@@ -126,31 +125,8 @@ class Fuzz:
         text = (ROOT / "train_gpt2.py").read_text()
         listed = re.findall(r"^(\w+(?:, \w+)*) = ", text.split("# --name=value")[0], re.MULTILINE)
         names = [name for names in listed for name in names.split(", ")]
-        nonsense = [
-            "",
-            "abc",
-            "-1",
-            "1.5.1",
-            "0x10",
-            "1_000",
-            "nan",
-            "inf",
-            "-inf",
-            "1e999",
-            "1e-999",
-        ]
-        nonsense += [
-            "true",
-            "None",
-            "[]",
-            "\u0663",
-            "\udcff",
-            "=",
-            "--",
-            " 1",
-            "é" * 300,
-            "9" * 5000,
-        ]
+        nonsense = "abc -1 1.5.1 0x10 1_000 nan inf -inf 1e999 1e-999 true None [] = --".split()
+        nonsense += ["", " 1", "\u0663", "\udcff", "é" * 300, "9" * 5000]
         flag = f"--{chance.choice(names)}={chance.choice([*nonsense, '0', '0.0', '1e-3', '1'])}"
         if chance.random() < 0.3:
             characters = list(flag)
@@ -161,8 +137,6 @@ class Fuzz:
         flags = [] if name in ("data", "log_dir") else [f"--log_dir={self.folder / 'log'}"]
         flags += [] if name == "data" else [f"--data={self.text}"]
         small = [each for each in [*SMALL, "--max_steps=1"] if not each.startswith(f"--{name}=")]
-        if name == "max_steps" and flag.endswith("9"):
-            return 0, ""
         self.last = flag
         result = fork(*small, *flags, flag, timeout=60, cwd=self.folder)
         return result.returncode, result.stderr

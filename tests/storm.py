@@ -20,15 +20,20 @@ import torch
 from conftest import ROOT, assert_same_tensors, finish, log_of, series, start
 
 
-def pids_of(log_dir):
-    """All processes of a run: torchrun, and its workers, which have process groups of their own."""
+def processes_of(log_dir):
+    """pid -> command line: torchrun, and its workers, which have process groups of their own."""
     ps = subprocess.run(["ps", "-Aww", "-o", "pid=,args="], capture_output=True, text=True)
     rows = [line.split(None, 1) for line in ps.stdout.splitlines()]
-    return [int(pid) for pid, args in rows if f"--log_dir={log_dir}" in args]
+    return {int(pid): args for pid, args in rows if f"--log_dir={log_dir}" in args}
+
+
+def ranks_of(log_dir):
+    """The pids of a run under torchrun without torchrun's own."""
+    return [pid for pid, a in processes_of(log_dir).items() if "torch.distributed.run" not in a]
 
 
 def kill_all(process, log_dir):
-    while pids := pids_of(log_dir):
+    while pids := processes_of(log_dir):
         for pid in pids:
             try:
                 os.kill(pid, signal.SIGKILL)

@@ -5,16 +5,12 @@ import os
 import random
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import fuzz
 import pytest
 import torch
 from conftest import (
-    ROOT,
-    TINY,
     assert_same_tensors,
     finish,
     series,
@@ -22,7 +18,7 @@ from conftest import (
     train,
     wait_for,
 )
-from storm import kill_all, pids_of, storm
+from storm import kill_all, processes_of, ranks_of, storm
 
 CALM = {"tensors that differ": 0, "steps lost": 0, "steps twice": 0}
 RUN = ["--max_steps=40", "--save_every=5", "--B=4", "--total_batch_size=256", "--dropout=0.1"]
@@ -54,37 +50,17 @@ def test_random_damage(tmp_path):
     assert found["checkpoint", 0] and found["checkpoint", 1] and found["shard", 1]
 
 
-def torchrun(*flags, processes=2, more=(), **how):
-    """A run under torchrun, with flags of its own."""
-    run = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", *more]
-    return subprocess.Popen(
-        [*run, str(ROOT / "train_gpt2.py"), *TINY, *map(str, flags)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        **how,
-    )
-
-
-def workers_of(log_dir):
-    """The pids of a run's ranks."""
-    ps = subprocess.run(["ps", "-Aww", "-o", "pid=,args="], capture_output=True, text=True).stdout
-    rows = [line.split(None, 1) for line in ps.splitlines() if f"--log_dir={log_dir}" in line]
-    return [int(pid) for pid, args in rows if "torch.distributed.run" not in args]
-
-
 def test_torchrun_restarts_where_a_rank_was_killed(text, tmp_path):
     """Twice, at random moments; it resumes by itself, though launched from scratch."""
     flags = [f"--data={text}", *RUN, "--max_steps=300"]
     undisturbed = start(*flags, f"--log_dir={tmp_path}/a", processes=2)
     log_dir, chance = tmp_path / "b", random.Random(0)
-    more = ["--standalone", "--max-restarts=2"]
-    process = torchrun(*flags, f"--log_dir={log_dir}", more=more)
+    restarts = ["--standalone", "--max-restarts=2"]
+    process = start(*flags, f"--log_dir={log_dir}", processes=2, torchrun=restarts)
     for step in (20, 150):
         wait_for(lambda step=step: (log_dir / f"ckpt_{step:06d}.pt").exists(), process)
         time.sleep(chance.uniform(0, 0.3))
-        os.kill(chance.choice(workers_of(log_dir)), signal.SIGKILL)
+        os.kill(chance.choice(ranks_of(log_dir)), signal.SIGKILL)
     result = finish(process)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("resuming") == 2
@@ -95,19 +71,19 @@ def test_torchrun_restarts_where_a_rank_was_killed(text, tmp_path):
 
 def test_without_restarts_the_others_leave_too(text, tmp_path):
     flags = [f"--data={text}", f"--log_dir={tmp_path}/log", *RUN, "--max_steps=5000"]
-    process = torchrun(*flags, more=["--standalone"])
+    process = start(*flags, processes=2)
     wait_for((tmp_path / "log" / "ckpt_000005.pt").exists, process)
-    os.kill(workers_of(tmp_path / "log")[1], signal.SIGKILL)
+    os.kill(ranks_of(tmp_path / "log")[1], signal.SIGKILL)
     assert finish(process, 60).returncode == 1
-    assert not pids_of(tmp_path / "log")
+    assert not processes_of(tmp_path / "log")
 
 
 def test_a_rank_that_hangs(text, tmp_path):
     """The others give up after the timeout, and the run can be resumed."""
     flags = [f"--data={text}", f"--log_dir={tmp_path}/log", *RUN, "--max_steps=5000"]
-    process = torchrun(*flags, "--timeout=3", more=["--standalone"])
+    process = start(*flags, "--timeout=3", processes=2)
     wait_for((tmp_path / "log" / "ckpt_000005.pt").exists, process)
-    os.kill(workers_of(tmp_path / "log")[-1], signal.SIGSTOP)
+    os.kill(ranks_of(tmp_path / "log")[-1], signal.SIGSTOP)
     try:
         result = finish(process, 90)  # torchrun itself waits for 30 s before it kills
     finally:
@@ -139,11 +115,11 @@ def test_two_nodes(text, tmp_path, straight, processes):
     flags += [f"--B={4 // processes}"]
     address = ["--nnodes=2", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
     nodes = [
-        torchrun(
+        start(
             *flags,
             f"--log_dir={tmp_path}/{rank}",
             processes=processes,
-            more=[*address, f"--node_rank={rank}"],
+            torchrun=[*address, f"--node_rank={rank}"],
         )
         for rank in (0, 1)
     ]
@@ -159,13 +135,12 @@ def test_two_nodes(text, tmp_path, straight, processes):
 def test_nodes_that_were_launched_in_different_ways(text, tmp_path):
     address = ["--nnodes=2", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
     nodes = [
-        torchrun(
+        start(
             f"--data={text}",
             *RUN,
             f"--log_dir={tmp_path}/log",
             f"--seed={rank}",
-            processes=1,
-            more=[*address, f"--node_rank={rank}"],
+            torchrun=[*address, f"--node_rank={rank}"],
         )
         for rank in (0, 1)
     ]
