@@ -599,17 +599,16 @@ if __name__ == "__main__":
     for step in range(start, last + 1):
         # what `step` updates have led to
         final = step == last
-        raw_model.eval()
         if (final or val_every and step % val_every == 0) and not stopped:
-            loss = evaluate(raw_model, val, n_val, B, rank, world_size, device, autocast)
+            loss = evaluate(raw_model.eval(), val, n_val, B, rank, world_size, device, autocast)
             report(f"step {step:5d} | val loss {loss:.4f}", step=step, val_loss=loss)
         if (final or hella_every and step % hella_every == 0) and examples and not stopped:
             hella = hellaswag.evaluate(raw_model, examples, B * T, autocast)
             report(f"step {step:5d} | HellaSwag acc_norm {hella['acc_norm']:.4f}", step=step,
                    hellaswag=hella["acc_norm"], hellaswag_acc=hella["acc"])
         if (final or sample_every and step and step % sample_every == 0) and codec and not stopped:
-            for text in sample(raw_model, *codec, prompt, n_samples, sample_tokens, temperature,
-                               top_k, seed, device, autocast):
+            for text in sample(raw_model.eval(), *codec, prompt, n_samples, sample_tokens,
+                               temperature, top_k, seed, device, autocast):
                 report(f"step {step:5d} | sample: {text}\n", step=step, sample=text)
         if rank == 0 and (final or stopped or step and save_every and step % save_every == 0):
             saved.result()  # one at a time, of a copy, while the training goes on
@@ -621,7 +620,8 @@ if __name__ == "__main__":
         if final or stopped:
             break
         # one update, on the mean gradient over micro_steps batches in each process
-        raw_model.train()
+        if not raw_model.training:
+            raw_model.train()
         began = time.perf_counter()
         lr = get_lr(step, max_lr, min_lr, warmup_steps, max_steps)
         for group in opt.param_groups:
