@@ -72,7 +72,7 @@ if not os.path.isdir(data):
     n_layer, n_head, n_embd = 4, 4, 128
     T, B, total_batch_size = 64, 32, 2048
     optimizer = "muon"
-    max_lr, min_lr, warmup_steps, max_steps = 5e-3, 5e-4, 50, 900
+    max_lr, min_lr, warmup_steps, max_steps = 8e-3, 5e-4, 50, 900
     val_tokens = 1048576
     log_every, val_every, sample_every, save_every = 20, 300, 300, 300
     prompt = "\n"
@@ -267,8 +267,8 @@ def permutation(n, seed, *more):
 class Tokens:
     """A split ("train" or "val") as an endless order of windows of T + 1 tokens: T inputs and, one
     place on, T targets. In each epoch the shards come in an order of their own, and in each shard
-    its windows: all is mixed, while only one shard is being read. The order follows from the seed
-    alone (None: that of the files), so that to resume, a number is enough."""
+    its windows, cut in other places: all is mixed, while only one shard is being read. The order
+    follows from the seed alone (None: that of the files), so that to resume, a number is enough."""
     def __init__(self, data, split, T, vocab_size, seed=None):
         self.T, self.vocab_size, self.seed = T, vocab_size, seed
         if os.path.isfile(data):
@@ -297,9 +297,10 @@ class Tokens:
             if i < self.counts[shard]:
                 break
             i -= self.counts[shard]
-        start = permutation(self.counts[shard], self.seed, epoch, shard)[i] * self.T
         path, tokens = self.shards[shard]
         ids = tokens[start:start + self.T + 1]
+        i = permutation(self.counts[shard], self.seed, epoch, shard)[i]
+        start = min(i * self.T + int(0.618 * self.T * epoch) % self.T, len(tokens) - self.T - 1)
         if (bad := ids.max()) >= self.vocab_size:
             sys.exit(f"{path}: token {bad} at offset {start + ids.argmax()} >= {self.vocab_size}")
         return ids

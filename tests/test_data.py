@@ -30,20 +30,28 @@ def test_every_window_once_an_epoch(shards):
         tuple(part[i * 32 : i * 32 + 33]) for part in flat for i in range((len(part) - 1) // 32)
     )
     assert tokens.n_windows == len(expected)
-    epochs = [
-        [tuple(tokens.window(e * tokens.n_windows + i)) for i in range(tokens.n_windows)]
-        for e in range(2)
-    ]
-    assert sorted(epochs[0]) == sorted(epochs[1]) == expected
-    assert epochs[0] != epochs[1] != expected
+    epoch = [tuple(tokens.window(i)) for i in range(tokens.n_windows)]
+    assert sorted(epoch) == expected and epoch != expected
     # one shard after the other
     shard_of = {
         window: i
         for i, part in enumerate(flat)
         for window in map(tuple, np.lib.stride_tricks.sliding_window_view(part, 33)[::32])
     }
-    order = [shard_of[window] for window in epochs[0]]
+    order = [shard_of[window] for window in epoch]
     assert sum(a != b for a, b in zip(order, order[1:], strict=False)) == len(flat) - 1
+
+
+def test_later_epochs_are_cut_elsewhere(tmp_path):
+    """Windows begin at 0.618 T e (modulo T), but the last ones where there is room for them."""
+    (tmp_path / "any.txt").write_bytes(bytes(i % 251 for i in range(1115)))  # 1004 for training
+    tokens = Tokens(str(tmp_path / "any.txt"), "train", 16, 256, seed=7)
+    assert tokens.n_windows == 62
+    for epoch, phase in enumerate([0, 9, 3, 13]):
+        windows = [tokens.window(epoch * 62 + i).tolist() for i in range(62)]
+        starts = [min(i * 16 + phase, 1004 - 17) for i in range(62)]
+        expected = [[i % 251 for i in range(start, start + 17)] for start in starts]
+        assert sorted(windows) == sorted(expected) and windows != expected
 
 
 @pytest.mark.parametrize("step", [0, 3, 40])  # the last is in another epoch
