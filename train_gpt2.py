@@ -189,6 +189,8 @@ class GPT(nn.Module):
 
     def hidden(self, idx):
         """Token ids (B, T), T <= block_size -> hidden states after the last LayerNorm (B, T, C)."""
+        if torch.is_autocast_enabled(x.device.type):  # the stream in bfloat16: half the traffic
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         x = self.transformer.wte(idx) + self.transformer.wpe.weight[:idx.shape[1]]
         x = F.dropout(x, self.config.dropout, self.training)
         for block in self.transformer.h:

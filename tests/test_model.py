@@ -55,6 +55,21 @@ def test_initialization(model):
     assert model.transformer.wte.weight is model.lm_head.weight
 
 
+def test_the_residual_stream_under_autocast(model):
+    """bfloat16 from the embeddings to the last LayerNorm; the loss is float32 and much the same."""
+    x = torch.randint(50, (2, 17), generator=torch.Generator().manual_seed(0))
+    seen = []
+    for block in model.transformer.h:
+        block.register_forward_hook(lambda _, inputs, output: seen.extend([*inputs, output]))
+    plain = model(x[:, :-1], x[:, 1:])
+    assert {z.dtype for z in seen} == {torch.float32}
+    seen.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(x[:, :-1], x[:, 1:])
+    assert len(seen) == 6 and {z.dtype for z in seen} == {torch.bfloat16}
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(plain.item(), abs=0.01)
+
+
 def test_causality(model):
     x = torch.randint(50, (1, 16))
     before = model(x)
