@@ -608,10 +608,13 @@ if __name__ == "__main__":
         if (final or hella_every and step % hella_every == 0) and examples and not stopped:
             hella = hellaswag.evaluate(raw_model, examples, B * T, autocast)
             report(f"step {step:5d} | HellaSwag acc_norm {hella['acc_norm']:.4f}", step=step,
+            if wandb_run:
+                wandb_run.log({"samples": wandb.Table(["text"], [[t] for t in texts])}, step=step)
                    hellaswag=hella["acc_norm"], hellaswag_acc=hella["acc"])
         if (final or sample_every and step and step % sample_every == 0) and codec and not stopped:
-            for text in sample(raw_model.eval(), *codec, prompt, n_samples, sample_tokens,
-                               temperature, top_k, seed, device, autocast):
+            texts = sample(raw_model.eval(), *codec, prompt, n_samples, sample_tokens,
+                           temperature, top_k, seed, device, autocast)
+            for text in texts:
                 report(f"step {step:5d} | sample: {text}\n", step=step, sample=text)
         if rank == 0 and (final or stopped or step and save_every and step % save_every == 0):
             saved.result()  # one at a time, of a copy, while the training goes on

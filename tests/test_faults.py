@@ -1,5 +1,6 @@
 """What goes wrong around a run: folders, checkpoints, terminals, memory."""
 
+import json
 import os
 import pickle
 import subprocess
@@ -377,3 +378,6 @@ def test_wandb_without_a_login_or_offline(text, tmp_path):
     assert "wandb login" in result.stderr.strip().splitlines()[-1]
     result = train(*flags, env={**home, "WANDB_MODE": "offline"})
     assert list((tmp_path / "log").glob("wandb/offline-run-*/*.wandb"))
+    (table,) = (tmp_path / "log").glob("wandb/offline-run-*/files/media/table/samples_*.json")
+    samples = [event["sample"] for event in log_of(tmp_path / "log") if "sample" in event]
+    assert json.loads(table.read_text()) == {"columns": ["text"], "data": [[s] for s in samples]}
