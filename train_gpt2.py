@@ -1,6 +1,5 @@
 """
-GPT-2, trained from scratch in one file that reads from top to bottom: constants, model, data,
-optimizer, evaluation, checkpoints, and the run.
+GPT-2, trained from scratch: constants, model, data, optimizer, evaluation, checkpoints, the run.
 
 A laptop trains a small GPT on the bytes of input.txt (Shakespeare) in three minutes, a GPU trains
 GPT-2 (124M) as soon as fineweb.py has put token shards into edu_fineweb10B/:
@@ -189,9 +188,9 @@ class GPT(nn.Module):
 
     def hidden(self, idx):
         """Token ids (B, T), T <= block_size -> hidden states after the last LayerNorm (B, T, C)."""
+        x = self.transformer.wte(idx) + self.transformer.wpe.weight[:idx.shape[1]]
         if torch.is_autocast_enabled(x.device.type):  # the stream in bfloat16: half the traffic
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        x = self.transformer.wte(idx) + self.transformer.wpe.weight[:idx.shape[1]]
         x = F.dropout(x, self.config.dropout, self.training)
         for block in self.transformer.h:
             x = block(x)
@@ -300,9 +299,9 @@ class Tokens:
                 break
             i -= self.counts[shard]
         path, tokens = self.shards[shard]
-        ids = tokens[start:start + self.T + 1]
         i = permutation(self.counts[shard], self.seed, epoch, shard)[i]
         start = min(i * self.T + int(0.618 * self.T * epoch) % self.T, len(tokens) - self.T - 1)
+        ids = tokens[start:start + self.T + 1]
         if (bad := ids.max()) >= self.vocab_size:
             sys.exit(f"{path}: token {bad} at offset {start + ids.argmax()} >= {self.vocab_size}")
         return ids
@@ -448,7 +447,7 @@ def checkpoint_paths(log_dir):  # oldest first
 
 def save_checkpoint(log_dir, keep, checkpoint, final):
     """Writes beside the final name, then renames: whenever we are killed, what has it is whole.
-    A full disk is worth a warning, as there are older ones; at the end it raises OSError."""
+    A full disk is worth a warning, as there are older ones; at the end, it is an error."""
     path = os.path.join(log_dir, f"ckpt_{checkpoint['step']:06d}.pt")
     try:
         with open(path + ".tmp", "wb", buffering=0) as file:
@@ -459,9 +458,7 @@ def save_checkpoint(log_dir, keep, checkpoint, final):
         if os.path.exists(path + ".tmp"):
             os.remove(path + ".tmp")
         problem = f"{path} can't be saved: {error.__context__ or error}"
-        if final:
-            raise OSError(problem) from None
-        return print(f"warning: {problem}")
+        return sys.exit(problem) if final else print(f"warning: {problem}")
     paths = checkpoint_paths(log_dir)  # any later one did not load, or this would not be written
     for old in paths[:paths.index(path) + 1][:-keep]:
         os.remove(old)
@@ -515,9 +512,8 @@ if __name__ == "__main__":
     train = Tokens(data, "train", T, n_tokens, seed)
     val = Tokens(data, "val", T, n_tokens)
     n_val = max(1, min(val_tokens // T, val.n_windows))
-    if train.n_windows < total_batch_size // T:
-        sys.exit(f"{data}: {train.n_windows} windows of T + 1 are too few for "
-                 f"--total_batch_size={total_batch_size}, which takes {total_batch_size // T}")
+    if train.n_windows < (need := total_batch_size // T):  # windows of T + 1 tokens
+        sys.exit(f"{data}: {train.n_windows} windows, a step takes {need}: lower total_batch_size")
     if device == "cuda":
         torch.cuda.set_device(local_rank)
         torch.set_float32_matmul_precision("high")  # TF32 for what remains in float32
@@ -583,10 +579,9 @@ if __name__ == "__main__":
     # in DDP, which averages the gradients of all processes while backward still computes others
     ddp = DDP(raw_model, gradient_as_bucket_view=True) if world_size > 1 else raw_model
     model = torch.compile(ddp) if compile else ddp
-    n_params = sum(p.numel() for p in raw_model.parameters())
+    c, n_params = gpt_config, sum(p.numel() for p in raw_model.parameters())
     # forward and backward: 6 for each weight but the positions', and attention's (nanoGPT's count)
-    C, positions = gpt_config.n_embd, raw_model.transformer.wpe.weight.numel()
-    flops_per_token = 6 * (n_params - positions) + 12 * gpt_config.n_layer * C * T
+    flops_per_token = 6 * (n_params - c.block_size * c.n_embd) + 12 * c.n_layer * c.n_embd * T
     peak_flops = next((flops for name, flops in PEAK_FLOPS.items() if name in gpu), None)
     print(f"{n_params:,} parameters, {train.n_windows * T:,} tokens, {world_size} x {gpu}, {dtype}")
     examples = hellaswag.load(skip=True) if n_tokens == GPTConfig.vocab_size else None
@@ -606,16 +601,15 @@ if __name__ == "__main__":
             loss = evaluate(raw_model.eval(), val, n_val, B, rank, world_size, device, autocast)
             report(f"step {step:5d} | val loss {loss:.4f}", step=step, val_loss=loss)
         if (final or hella_every and step % hella_every == 0) and examples and not stopped:
-            hella = hellaswag.evaluate(raw_model, examples, B * T, autocast)
-            report(f"step {step:5d} | HellaSwag acc_norm {hella['acc_norm']:.4f}", step=step,
-            if wandb_run:
-                wandb_run.log({"samples": wandb.Table(["text"], [[t] for t in texts])}, step=step)
-                   hellaswag=hella["acc_norm"], hellaswag_acc=hella["acc"])
+            acc = hellaswag.evaluate(raw_model, examples, B * T, autocast)["acc_norm"]
+            report(f"step {step:5d} | HellaSwag acc_norm {acc:.4f}", step=step, hellaswag=acc)
         if (final or sample_every and step and step % sample_every == 0) and codec and not stopped:
             texts = sample(raw_model.eval(), *codec, prompt, n_samples, sample_tokens,
                            temperature, top_k, seed, device, autocast)
             for text in texts:
                 report(f"step {step:5d} | sample: {text}\n", step=step, sample=text)
+            if wandb_run:
+                wandb_run.log({"samples": wandb.Table(["text"], [[t] for t in texts])}, step=step)
         if rank == 0 and (final or stopped or step and save_every and step % save_every == 0):
             saved.result()  # one at a time, of a copy, while the training goes on
             state = tree_map_only(torch.Tensor, lambda p: p.to("cpu", copy=True), {
