@@ -39,8 +39,7 @@ FILE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "hellaswag_val.j
 # context and endings as lists of tokens, the number of the right ending, the line it was read from
 Example = collections.namedtuple("Example", "context endings label text")
 
-# -----------------------------------------------------------------------------
-# data
+# data ------------------------------------------------------------------------
 def download():
     """Puts the validation set into FILE, unless it is there, and nothing else. Raises OSError."""
     if os.path.exists(FILE):
@@ -92,8 +91,7 @@ def load(path=FILE, limit=None, skip=False):
         dist.broadcast_object_list(examples)
     return examples[0]
 
-# -----------------------------------------------------------------------------
-# evaluation
+# evaluation ------------------------------------------------------------------
 def pack(examples, block_size, batch_tokens):
     """Yields batches of examples, the longest first, of up to batch_tokens when padded."""
     lengths = [min(block_size + 1, len(e.context) + max(map(len, e.endings))) for e in examples]
@@ -165,8 +163,7 @@ def evaluate(model, examples, batch_tokens=16384, autocast=None, progress=False)
     return {"acc": correct / total, "acc_norm": correct_norm / total, "correct": correct,
             "correct_norm": correct_norm, "total": total, "cut": cut}
 
-# -----------------------------------------------------------------------------
-# the command
+# the command -----------------------------------------------------------------
 if __name__ == "__main__":
     gpu = torch.accelerator.current_accelerator(check_available=True)
     parser = argparse.ArgumentParser(usage=__doc__)

@@ -55,7 +55,7 @@ n_layer, n_head, n_embd = 12, 12, 768  # medium 24, 16, 1024; large 36, 20, 1280
 T = 1024                   # tokens of context
 B = 64                     # sequences in a forward, as many as fit: 64 in 80 GB, 16 in 24 GB
 total_batch_size = 524288  # tokens in an optimizer step, over all GPUs: 2**19, about 0.5M
-optimizer = "adamw"        # adamw, or muon for the matrices in the blocks
+optimizer = "adamw"        # as in the paper; or muon for the matrices in the blocks (README.md)
 max_lr, min_lr = 6e-4, 6e-5  # at the end of the warmup, and at the last step
 warmup_steps = 715         # 375M tokens, as in GPT-3
 max_steps = 19073          # 10B tokens, one epoch of edu_fineweb10B; 0 only evaluates and samples
@@ -70,7 +70,7 @@ if not os.path.isdir(data):
     log_dir = "log/baby"
     n_layer, n_head, n_embd = 4, 4, 128
     T, B, total_batch_size = 64, 32, 2048
-    optimizer = "muon"
+    optimizer = "muon"     # val loss 1.43 after 900 steps; adamw, at --max_lr=4e-3, 1.65
     max_lr, min_lr, warmup_steps, max_steps = 8e-3, 5e-4, 50, 900
     val_tokens = 1048576
     log_every, val_every, sample_every, save_every = 20, 300, 300, 300
