@@ -55,7 +55,7 @@ n_layer, n_head, n_embd = 12, 12, 768  # medium 24, 16, 1024; large 36, 20, 1280
 T = 1024                   # tokens of context
 B = 64                     # sequences in a forward, as many as fit: 64 in 80 GB, 16 in 24 GB
 total_batch_size = 524288  # tokens in an optimizer step, over all GPUs: 2**19, about 0.5M
-optimizer = "adamw"        # as in the paper; or muon for the matrices in the blocks (README.md)
+optimizer = "adamw"        # as in GPT-3; or muon for the matrices in the blocks (README.md)
 max_lr, min_lr = 6e-4, 6e-5  # at the end of the warmup, and at the last step
 warmup_steps = 715         # 375M tokens, as in GPT-3
 max_steps = 19073          # 10B tokens, one epoch of edu_fineweb10B; 0 only evaluates and samples
@@ -79,15 +79,15 @@ if not os.path.isdir(data):
 # for both
 init_from = "scratch"      # or resume, or weights: gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder
 seed = 1337                # of the initialization, the order of the data, dropout and samples
-dropout = 0.0              # 0.1 in the paper; it helps where the same data is seen many times
+dropout = 0.0              # 0.1 in GPT-1; it helps where the same data is seen many times
 weight_decay = 0.1         # on matrices and embeddings; biases and LayerNorms have none
 beta1, beta2 = 0.9, 0.95   # AdamW averages gradients over 10 steps, their squares over 20, as GPT-3
 momentum = 0.95            # Muon averages gradients over 20 steps
 grad_clip = 1.0            # a longer gradient is scaled down to this norm; 0 for never
 n_samples, sample_tokens = 2, 256  # texts at each sampling, tokens in each after the prompt
 temperature, top_k = 0.8, 50  # below 1 favours likely tokens; only the k likeliest, 0 for all
-compile = device == "cuda"   # a minute at the start, then about twice as fast on a GPU
-# bfloat16 is half of float32 and enough for activations, where the hardware has it (A100, not T4)
+compile = device == "cuda"   # fuses kernels: a minute at the start, then about twice the speed
+# products and residual stream in bfloat16, half the bytes; weights in float32. T4: --dtype=float32
 dtype = "bfloat16" if device == "cuda" or torch.cpu._is_avx512_bf16_supported() else "float32"
 timeout = 600              # seconds that a process waits for the others before it gives up
 wandb_log, wandb_project = False, "gpt2"
@@ -123,8 +123,8 @@ class GPTConfig:
 class CausalSelfAttention(nn.Module):
     """Each position gathers from itself and those before it. It asks with a query, each of them
     answers with a key and offers a value; what arrives is the average of the values, weighted by
-    how well the keys match the query: softmax(q k^T / sqrt(C/H)) v, the future masked out. H heads
-    do this side by side, on C/H channels each, so as to look for H things at once."""
+    how well the keys match the query: softmax(q k^T / sqrt(C/H)) v. The root keeps sums of C/H
+    products near 1, the mask hides the future. H heads look for H things side by side."""
     def __init__(self, config):
         super().__init__()
         self.n_head, self.dropout = config.n_head, config.dropout
@@ -151,7 +151,7 @@ class MLP(nn.Module):
         return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # tanh as in OpenAI's code
 
 class Block(nn.Module):
-    """Attention and MLP read the residual stream x and add to it; gradients flow back along it."""
+    """Both branches read the residual stream x, put to mean 0, variance 1, and add to it."""
     def __init__(self, config):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd)
@@ -162,21 +162,21 @@ class Block(nn.Module):
 
     def forward(self, x):
         x = x + self.drop(self.attn(self.ln_1(x)))
-        return x + self.drop(self.mlp(self.ln_2(x)))
+        return x + self.drop(self.mlp(self.ln_2(x)))  # sums pass gradients on undiminished
 
 class GPT(nn.Module):
-    """GPT-2 (Radford et al. 2019), with the names and the initialization of OpenAI's release."""
+    """GPT-2 (Radford et al. 2019), with transformers' names and the paper's scaled residuals."""
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.n_tokens = min(config.vocab_size, GPTConfig.vocab_size)  # without the padding
         self.transformer = nn.ModuleDict(dict(
-            wte=nn.Embedding(config.vocab_size, config.n_embd),
-            wpe=nn.Embedding(config.block_size, config.n_embd),
+            wte=nn.Embedding(config.vocab_size, config.n_embd),  # a vector for each token
+            wpe=nn.Embedding(config.block_size, config.n_embd),  # and place: attention has no order
             h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
             ln_f=nn.LayerNorm(config.n_embd)))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        # tied: to read a token and to predict it share one vector, which saves 38M parameters
+        # tied: the vector that stands for a token as input scores it as output; saves 38M of 163M
         self.transformer.wte.weight = self.lm_head.weight
         for name, p in self.named_parameters():
             # the residual stream adds up 2 * n_layer branches: shrink each to keep the sum's size
@@ -315,8 +315,8 @@ class Tokens:
 
 # optimizer and schedule ------------------------------------------------------
 def orthogonalize(m):
-    """Matrices U S V^T (..., rows, columns), rows <= columns, S singular values -> about U V^T: all
-    directions get one strength. Newton-Schulz: Jordan's odd polynomial takes S to around 1."""
+    """Matrices U S V^T (..., rows, columns), S singular values -> about U V^T: one strength for all
+    directions. An odd polynomial, x (a + b x^T x ...), acts on S alone; Jordan's leads to 1."""
     x = m.bfloat16() if m.is_cuda else m  # enough for a direction; on most CPUs it is very slow
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(5):
@@ -331,13 +331,13 @@ class Muon(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
-            for p in group["params"] if group["muon_momentum"] else []:
+            for p in group["params"] if group["muon_momentum"] is not None else []:
                 state, (rows, columns) = self.state[p], p.shape
                 if not state:  # AdamW, when it loads a state, looks for its step
                     state.update(step=torch.zeros(()), momentum_buffer=torch.zeros_like(p))
                 average = state["momentum_buffer"].lerp_(p.grad, 1 - group["muon_momentum"])
                 m = p.grad.lerp(average, group["muon_momentum"])  # Nesterov's: one step ahead
-                m = m.reshape(-1, min(rows, columns), columns)  # q, k, v and c_fc's quarters apart
+                m = m.reshape(1 if rows % columns else rows // columns, -1, columns)  # q, k, v...
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 # orthogonal matrices have entries around 1/sqrt(columns), AdamW's steps around 0.2
                 p.add_(orthogonalize(m).view(p.shape), alpha=-group["lr"] * 0.2 * columns ** 0.5)
@@ -350,11 +350,11 @@ def make_optimizer(model, name, weight_decay, betas, momentum):
     for n, p in model.named_parameters():
         groups["vectors" if p.dim() < 2 else "matrices" if ".h." in n else "embeddings"].append(p)
     return Muon([{"params": params, "weight_decay": 0.0 if kind == "vectors" else weight_decay,
-                  "muon_momentum": momentum if (kind, name) == ("matrices", "muon") else 0.0}
+                  "muon_momentum": momentum if (kind, name) == ("matrices", "muon") else None}
                  for kind, params in groups.items()], betas=betas, fused=True)
 
 def get_lr(step, max_lr, min_lr, warmup_steps, max_steps):
-    """Linear warmup, while AdamW's averages are still empty, then half a cosine: far, then fine."""
+    """Linear warmup, as big steps from random weights derail; then half a cosine, far to fine."""
     if step < warmup_steps:
         return max_lr * (step + 1) / warmup_steps
     progress = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
@@ -400,7 +400,7 @@ def text_codec(n_tokens):
         print(f"no samples: can't fetch GPT-2's tokenizer ({type(error).__name__}), see README.md")
 
 # logging and checkpoints -----------------------------------------------------
-# dense bf16 FLOP/s, from the data sheets; the first name found in the device's counts
+# dense bf16 FLOP/s, from the data sheets; the first of the names that is in the device's counts
 PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12}
 
 def open_log(log_dir, start, head):
@@ -446,7 +446,7 @@ def checkpoint_paths(log_dir):  # oldest first
     return sorted(paths, key=lambda path: (len(path), path))
 
 def save_checkpoint(log_dir, keep, checkpoint, final):
-    """Writes beside the final name, then renames: whenever we are killed, what has it is whole.
+    """Writes beside the final name, then renames: a kill at any moment leaves no half a checkpoint.
     A full disk is worth a warning, as there are older ones; at the end, it is an error."""
     path = os.path.join(log_dir, f"ckpt_{checkpoint['step']:06d}.pt")
     try:
@@ -459,7 +459,7 @@ def save_checkpoint(log_dir, keep, checkpoint, final):
             os.remove(path + ".tmp")
         problem = f"{path} can't be saved: {error.__context__ or error}"
         return sys.exit(problem) if final else print(f"warning: {problem}")
-    paths = checkpoint_paths(log_dir)  # any later one did not load, or this would not be written
+    paths = checkpoint_paths(log_dir)  # newer ones are damaged: load_checkpoint passed them over
     for old in paths[:paths.index(path) + 1][:-keep]:
         os.remove(old)
 
@@ -501,12 +501,12 @@ if __name__ == "__main__":
     n_here, n_gpus = os.environ.get("LOCAL_WORLD_SIZE", 1), torch.accelerator.device_count()
     if device != "cpu" and local_rank >= n_gpus:
         sys.exit(f"{n_here} processes, but {n_gpus} GPUs here; try --nproc_per_node={n_gpus}")
-    if min(B, T, n_head) == 0 or n_embd % n_head or max(dropout, beta1, beta2) >= 1:
-        sys.exit(f"need {B=} and {T=} > 0, {n_embd=} % {n_head=} == 0, dropout and betas < 1")
+    if min(B, T, n_head) == 0 or n_embd % n_head or max(dropout, beta1, beta2, momentum) >= 1:
+        sys.exit(f"need {B=}, {T=} > 0, {n_embd=} % {n_head=} == 0, dropout, betas, momentum < 1")
     fits = [b for b in range(1, B + 1) if total_batch_size % (b * T * world_size) == 0]
     if B not in fits or total_batch_size == 0:
         fix = f"B={fits[-1]}" if fits else f"total_batch_size={B * T * world_size}"
-        sys.exit(f"total_batch_size={total_batch_size} must divide by B * T * processes: --{fix}")
+        sys.exit(f"{total_batch_size=} is no multiple of B * T * processes; try --{fix}")
     micro_steps = total_batch_size // (B * T * world_size)
     n_tokens = 256 if os.path.isfile(data) else GPTConfig.vocab_size
     train = Tokens(data, "train", T, n_tokens, seed)
@@ -522,7 +522,7 @@ if __name__ == "__main__":
 
     # start afresh, or from rank 0's newest checkpoint: when asked to, and when torchrun restarts us
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if world_size > 1:  # by way of torchrun's store, where an attempt must not find one before it
+    if world_size > 1:  # a prefix for each attempt, or it meets the keys of the one that failed
         attempt = restarts if n_here == str(world_size) else ""  # nodes may count in other ways
         store = dist.PrefixStore(attempt, next(dist.rendezvous("env://"))[0])
         dist.init_process_group("nccl" if device == "cuda" else "gloo", store=store, rank=rank,
@@ -542,7 +542,7 @@ if __name__ == "__main__":
         start, old = checkpoint["step"], checkpoint["config"] | {"init_from": init_from}
         differ = {k: f"{k} was {old.get(k)}, is {v}" for k, v in config.items() if v != old.get(k)}
         fixed = "data_hash seed T total_batch_size n_layer n_head n_embd optimizer".split()
-        if wrong := "; ".join(differ[name] for name in fixed if name in differ):
+        if wrong := "; ".join(differ[k] for k in (fixed if asked else differ) if k in differ):
             sys.exit(f"can't resume: {wrong}; set it back, or start anew with --init_from=scratch")
         print("\n  ".join([f"resuming {log_dir} at step {start}", *differ.values()]))
         gpt_config, weights = GPTConfig(**old["model"] | {"dropout": dropout}), checkpoint["model"]
@@ -573,7 +573,7 @@ if __name__ == "__main__":
     opt = make_optimizer(raw_model, optimizer, weight_decay, (beta1, beta2), momentum)
     if checkpoint:  # the state alone: weight decay and the like are today's
         opt.load_state_dict(opt.state_dict() | {"state": checkpoint["optimizer"]["state"]})
-    del checkpoint, weights
+    checkpoint = weights = shared = pretrained = None  # frees the memory of these copies
 
     # raw_model is evaluated, sampled and saved; model, with the same weights, trains: compiled, and
     # in DDP, which averages the gradients of all processes while backward still computes others
@@ -587,7 +587,7 @@ if __name__ == "__main__":
     examples = hellaswag.load(skip=True) if n_tokens == GPTConfig.vocab_size else None
     codec = text_codec(n_tokens) if rank == 0 and n_samples else None
     report = functools.partial(log, log_file, wandb_run)
-    signals = []  # the first lets its step end and be saved, a second one kills
+    signals = []  # looked at after each update, to save and leave; a second one kills
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda n, _: (signals.append(n), signal.signal(n, signal.SIG_DFL)))
     saver = ThreadPoolExecutor(1)
@@ -595,7 +595,7 @@ if __name__ == "__main__":
     last, stopped = max(start, max_steps), False
     batch = train.batch((start * micro_steps * world_size + rank) * B, B, device)
     for step in range(start, last + 1):
-        # what `step` updates have led to
+        # `step` updates are done: evaluate, sample, save
         final = step == last
         if (final or val_every and step % val_every == 0) and not stopped:
             loss = evaluate(raw_model.eval(), val, n_val, B, rank, world_size, device, autocast)
@@ -619,7 +619,7 @@ if __name__ == "__main__":
             saved = saver.submit(save_checkpoint, log_dir, keep, state, final or stopped)
         if final or stopped:
             break
-        # one update, on the mean gradient over micro_steps batches in each process
+        # gradient accumulation: backward adds to .grad, so that micro_steps batches act as one
         if not raw_model.training:
             raw_model.train()
         began = time.perf_counter()
@@ -631,9 +631,9 @@ if __name__ == "__main__":
         for micro in range(micro_steps):
             ddp.require_backward_grad_sync = micro == micro_steps - 1  # average once, at the end
             with autocast:
-                loss = model(*batch) / micro_steps
-            loss.backward()
-            total += loss.detach()
+                part = model(*batch) / micro_steps
+            part.backward()
+            total += part.detach()
             n = step * micro_steps + micro + 1  # while the GPU is busy, fetch its next batch
             batch = train.batch((n * world_size + rank) * B, B, device)
         norm = nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf).item()

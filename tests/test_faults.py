@@ -37,6 +37,15 @@ def test_an_earlier_run_is_moved_aside(text, tmp_path):
     assert (tmp_path / "log-2" / "ckpt_000002.pt").exists()
 
 
+def test_a_restart_does_not_take_another_run_s_checkpoint(text, tmp_path):
+    """A launch from scratch that torchrun restarts before it has moved an earlier run aside."""
+    flags = f"--data={text}", f"--log_dir={tmp_path}/log", "--max_steps=2"
+    train(*flags)
+    restarted = {"TORCHELASTIC_RESTART_COUNT": "1"}
+    assert "max_lr was 0.008, is 0.1" in mistake(*flags, "--max_lr=0.1", env=restarted)
+    assert "resuming" in train(*flags, env=restarted).stdout
+
+
 def test_a_second_live_run_refuses(text, tmp_path):
     flags = f"--data={text}", f"--log_dir={tmp_path}/log"
     process = start(*flags, "--max_steps=100000", "--save_every=5")

@@ -29,8 +29,16 @@ STORY = {
     ],
     "python train_gpt2.py --data=my.txt --max_steps=2000": SMALL,
     "python train_gpt2.py --data=my.txt --init_from=resume": [*TINY, "--max_steps=5"],
-    "torchrun --standalone --nproc_per_node=2 train_gpt2.py --data=my.txt": SMALL,
-    "python fineweb.py --source=my_texts --out=my_shards": ["--shard_size=20000", "--workers=1"],
+    # with the model and the batch as they are: --B=16 has to divide
+    "torchrun --standalone --nproc_per_node=2 train_gpt2.py --data=my.txt --B=16": [
+        "--max_steps=2",
+        "--val_tokens=2048",
+        "--n_samples=0",
+    ],
+    "python fineweb.py --source=my_texts --out=my_shards --shard_size=1000000": [
+        "--shard_size=20000",
+        "--workers=1",
+    ],
     "python train_gpt2.py --data=my_shards --B=16": [*SMALL, "--T=64"],  # room for 50 tokens more
     next(line for line in COMMANDS if "--n_layer=6" in line): SMALL,
     next(line for line in COMMANDS if "--log_dir=log/muon" in line): SMALL,

@@ -368,3 +368,24 @@ def test_the_command_line_needs_no_folder(text, tmp_path):
         command(f"--data={text}", "--max_steps=1"), cwd=tmp_path, capture_output=True
     )
     assert result.returncode == 0 and (tmp_path / "log" / "baby" / "log.jsonl").exists()
+
+
+def test_muon_takes_matrices_of_any_shape():
+    """Sides that don't divide, as in other MLPs; and no momentum is still Muon."""
+    from train_gpt2 import GPT, GPTConfig, make_optimizer
+
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=8, vocab_size=256, n_layer=1, n_head=2, n_embd=16))
+    mlp = model.transformer.h[0].mlp
+    mlp.c_fc, mlp.c_proj = torch.nn.Linear(16, 40), torch.nn.Linear(40, 16)
+    before = mlp.c_fc.weight.detach().clone()
+    optimizer = make_optimizer(model, "muon", 0.0, (0.9, 0.95), 0.0)
+    for group in optimizer.param_groups:
+        group["lr"] = 1.0
+    x = torch.randint(256, (4, 9))
+    model(x[:, :-1], x[:, 1:]).backward()
+    optimizer.step()
+    step = mlp.c_fc.weight.detach() - before
+    # 15 directions, as what comes from a LayerNorm has mean 0
+    strengths = torch.linalg.svdvals(step)[:15] / (0.2 * 16**0.5)
+    assert 0.6 < strengths.min() and strengths.max() < 1.3
