@@ -65,7 +65,7 @@ hella_every, sample_every = 250, 250  # an "every" of 0 means only at the end
 save_every, keep = 1000, 3           # steps; checkpoints kept, the newest ones, 0 for all
 prompt = "Hello, I'm a language model,"
 
-# the baby GPT, for a text file: 0.8M parameters, for three minutes on two CPU cores
+# the baby GPT, for a text file: 0.8M parameters, three minutes on two CPU cores (GPU: README.md)
 if not os.path.isdir(data):
     log_dir = "log/baby"
     n_layer, n_head, n_embd = 4, 4, 128
