@@ -206,6 +206,20 @@ def series(log_dir, name):
     return values
 
 
+def load(path):
+    """A checkpoint, as the script loads it."""
+    import torch
+
+    return torch.load(path, weights_only=True)
+
+
+def assert_same_state(a, b):
+    """Two checkpoints with the same weights and the same state of the optimizer."""
+    a, b = load(a), load(b)
+    assert_same_tensors(a["model"], b["model"])
+    assert_same_tensors(a["optimizer"], b["optimizer"])
+
+
 def assert_same_tensors(a, b):
     """Bit for bit, through dicts and lists."""
     import torch

@@ -53,10 +53,10 @@ def load(path):
     source = Path(path).read_text().partition("\nimport tiktoken\n")[0]
     source = source.replace("\nfrom hellaswag import", "\n# ")  # it would be ours
     module = types.ModuleType(Path(path).resolve().parent.name)
-    module.__dict__.update(master_process=False, FLASH=1, print0=lambda *_: None)
     sys.modules[module.__name__] = module  # for its dataclasses
     exec(compile(source, path, "exec"), module.__dict__)
-    module.__dict__.update(FLASH=1, print0=lambda *_: None)
+    # what the scripts set when they run
+    module.__dict__.update(master_process=False, FLASH=1, print0=lambda *_: None)
     return module
 
 

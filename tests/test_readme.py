@@ -75,7 +75,7 @@ ELSEWHERE = {
 @pytest.fixture(scope="module")
 def home(tmp_path_factory, environment):
     """A copy of the project, with a text, a folder of texts, and the tokenizer's files as a folder
-    "gpt2", which transformers takes before it asks the hub. The story's output by command."""
+    "gpt2", which transformers takes before it asks the hub."""
     home = tmp_path_factory.mktemp("home")
     for name in ("train_gpt2.py", "fineweb.py", "hellaswag.py", "input.txt"):
         shutil.copy(ROOT / name, home)
@@ -171,11 +171,9 @@ def test_scale_on_paper(home):
 
 def test_figures_of_the_constants():
     """Where the README names a default, it is the script's."""
-    lines = {name: len((ROOT / name).read_text().splitlines()) for name in ("train_gpt2.py",)}
-    assert f"| lines of the training script | {lines['train_gpt2.py']} |" in README
-    steps = re.search(
-        r"warmup_steps, max_steps = .*, (\d+)\n", (ROOT / "train_gpt2.py").read_text()
-    )
+    script = (ROOT / "train_gpt2.py").read_text()
+    assert f"| lines of the training script | {len(script.splitlines())} |" in README
+    steps = re.search(r"warmup_steps, max_steps = .*, (\d+)\n", script)
     assert f"ckpt_{int(steps[1]):06d}.pt" in README
 
 
