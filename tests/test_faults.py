@@ -312,8 +312,8 @@ def test_weights_that_are_not_numbers(text, tmp_path, processes):
         start(*flags, "--init_from=resume", "--val_every=0", processes=processes), timeout=60
     )
     assert result.returncode == 1
-    ours = [line for line in result.stderr.splitlines() if line.startswith("step 2: loss nan")]
-    assert len(ours) == processes, result.stderr
+    # not by lines: where Python's output is unbuffered, two ranks can write into one
+    assert result.stderr.count("step 2: loss nan") == processes, result.stderr
     assert list((tmp_path / "log").glob("*.pt")) == [path]
 
 
