@@ -10,12 +10,10 @@ becomes <|endoftext|> and the tokens of its text. In the order of the files, all
 of shard_size tokens, the first for validation. Stop it at will: the same command goes on.
 """
 import argparse
-import collections
 import functools
 import json
 import multiprocessing
 import os
-import pathlib
 import signal
 import sys
 import threading
@@ -23,6 +21,7 @@ import time
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from itertools import accumulate, islice
 from multiprocessing.pool import ThreadPool
+from pathlib import Path
 
 import huggingface_hub as hub
 import numpy as np
@@ -37,7 +36,7 @@ def list_files(source, subset, suffixes, commit=None):
     """-> (commit, {name: bytes}) of a dataset's subset on the hub, or (None, ...) of a folder."""
     try:
         if os.path.exists(source):
-            files = [(str(path), path.stat().st_size) for path in pathlib.Path(source).rglob("*")]
+            files = [(str(p), p.stat().st_size) for p in Path(source).rglob("*") if p.is_file()]
         else:
             commit = hub.dataset_info(source, revision=commit).sha
             tree = hub.list_repo_tree(source, subset, revision=commit, repo_type="dataset")
@@ -72,7 +71,7 @@ def read_file(path):
                 texts = [json.loads(line)["text"] for line in lines if line.strip()]
                 yield texts, sum(map(len, lines))
     else:
-        yield [pathlib.Path(path).read_bytes().decode()], size
+        yield [Path(path).read_bytes().decode()], size
 
 def read_source(fetch, names, first, batch):
     """Yields (file, batch, its bytes or what went wrong, texts), from a batch of a file on."""
@@ -109,11 +108,11 @@ def tokenize(texts):
 
 def in_order(pool, batches, n):
     """Yields (batch, its tokens) in order; n may be in the making, none beyond an empty one."""
-    waiting = collections.deque()
+    waiting = []
     for batch in batches:
         waiting.append((batch, pool.submit(tokenize, batch[3])))
         while len(waiting) > n or waiting and not batch[3]:
-            done, tokens = waiting.popleft()
+            done, tokens = waiting.pop(0)
             yield done, tokens.result()
 
 if __name__ == "__main__":
@@ -132,7 +131,10 @@ if __name__ == "__main__":
     source, subset, shard_size, ready, out, shards, workers = vars(parser.parse_args()).values()
     if min(shard_size, workers, shards) < 1:
         parser.error("--shard_size, --workers and --shards have to be positive")
-    source = os.path.abspath(source) if os.path.exists(source) else source
+    suffixes = (".bin",) if ready else (".parquet", ".jsonl", ".txt")
+    if os.path.exists(source):  # a folder here: none of its files may come or go on the way
+        subset = f"{len(list_files(source, subset, suffixes)[1])} files"
+        source = os.path.abspath(source)
     made_of = [ready] if ready else [source, subset, shard_size]
 
     def explain(kind, error, trace):  # one line where the reason lies outside the program
@@ -150,15 +152,13 @@ if __name__ == "__main__":
     log = open(progress, encoding="utf-8") if os.path.exists(progress) else ()
     lines = [json.loads(line) for line in log if line.endswith("}\n")]  # not what a kill has torn
     places = [p for p in lines if all(os.path.exists(shard_path(n)) for n in range(p["shard"]))]
-    found = [*pathlib.Path(out).glob("*.npy"), *pathlib.Path(out).glob("*.bin")]
     here = argparse.Namespace(**places[-1] if places else dict(
-        made_of="shards of unknown origin" if found else made_of, commit=None, end=False,
-        shard=0, file=0, batch=0, skip=0, documents=0, nulls=0, bytes=0))
+        made_of="unknown shards" if any(Path(out).glob("*.[bn]??")) else made_of,
+        commit=None, end=False, shard=0, file=0, batch=0, skip=0, documents=0, nulls=0, bytes=0))
     if here.made_of != made_of:
         sys.exit(f"--out={out} holds {here.made_of}, not {made_of}; choose another folder")
     if here.end or here.shard >= shards:
         sys.exit(print(f"nothing to do: {out} has its {here.shard} shards"))
-    suffixes = (".bin",) if ready else (".parquet", ".jsonl", ".txt")
     here.commit, files = list_files(ready or source, not ready and subset, suffixes, here.commit)
     try:
         ready or tiktoken.get_encoding("gpt2")
@@ -216,5 +216,5 @@ if __name__ == "__main__":
         if here.shard < shards:
             here.end = True
             finish(shard[:filled])
-    print(f"{here.documents:,} documents, {here.nulls:,} without text left out, {made.n:,} tokens, "
-          f"{here.shard} shards; {(made.n - had) / made.format_dict['elapsed']:,.0f} tokens/s")
+    print(f"{here.documents:,} documents, {here.nulls:,} null, {made.n:,} tokens, {here.shard} "
+          f"shards, one for val; {(made.n - had) / made.format_dict['elapsed']:,.0f} tokens/s")

@@ -146,7 +146,7 @@ def test_tokens_equal_a_reference(source, texts, tokens, tmp_path, workers):
     said = make(*flags, f"--workers={workers}")
     assert_tokens(out, tokens)
     n = sum(text is not None for text in texts)
-    assert f"{n:,} documents, {len(texts) - n} without text" in said
+    assert f"{n:,} documents, {len(texts) - n} null, " in said
     assert f"{len(tokens):,} tokens, {len(shards_of(out))} shards" in said and "tokens/s" in said
 
 
@@ -179,6 +179,8 @@ def test_own_text(tmp_path):
     for i, play in enumerate(plays):
         (folder / f"{i}.txt").write_bytes(play.encode())
     (folder / "notes.md").write_text("not a document")
+    (folder / ".#0.txt").symlink_to("an editor's lock")
+    os.mkfifo(folder / "fifo.txt")
     make(f"--source={folder}", f"--out={tmp_path / 'out'}", "--shard_size=1000")
     assert_tokens(tmp_path / "out", reference([*plays, *lines]), 1000)
 
@@ -306,8 +308,12 @@ def test_never_mixed(source, tokens, tmp_path):
     assert str(SIZE) in fail(f"--source={source}", f"--out={out}", f"--shard_size={SIZE + 1}")
     assert str(source) in fail(f"--source={tmp_path / 'other'}", f"--out={out}", size)
     assert str(source) in fail("--pretokenized", f"--out={out}")
+    # a file that has come since then would shift all that are behind it
+    (source / "000-new.txt").write_text("new")
+    assert "files" in fail(f"--source={source}", f"--out={out}", size)
+    (source / "000-new.txt").unlink()
     (out / "progress.jsonl").unlink()
-    assert "unknown origin" in fail(f"--source={source}", f"--out={out}", size)
+    assert "unknown shards" in fail(f"--source={source}", f"--out={out}", size)
     assert_tokens(out, tokens[: 2 * SIZE])
 
 
