@@ -175,7 +175,7 @@ if __name__ == "__main__":
     parser.add_argument("--limit", type=int, help="only the first so many examples")
     parser.add_argument("--show", type=int, default=0, help="print so many, with the losses")
     args = parser.parse_args()
-    if args.batch_tokens < 1 or args.limit == 0:
+    if args.batch_tokens < 1 or args.limit is not None and args.limit < 1:
         parser.error("--batch_tokens and --limit have to be positive")
     signal.signal(signal.SIGINT, lambda *_: sys.exit("stopped"))
     device = args.device

@@ -196,6 +196,7 @@ def test_mistakes(tmp_path, data, folder):
     assert "bad.jsonl, line 1" in fail(folder, f"--data={tmp_path / 'bad.jsonl'}")
     assert "none.jsonl" in fail(folder, f"--data={tmp_path / 'none.jsonl'}")
     assert "--limits=3" in fail("no/such", "--limits=3")
+    assert "--limit" in fail("no/such", "--limit=-2")
     assert "no/such" in fail("no/such", f"--data={data}")
     from transformers import LlamaConfig, LlamaForCausalLM
 
