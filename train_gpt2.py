@@ -40,14 +40,14 @@ import hellaswag
 
 # constants -------------------------------------------------------------------
 argv = sys.argv[1:] if __name__ == "__main__" else []  # imported, the constants stay as they are
-chosen = dict(arg.removeprefix("--").partition("=")[::2] for arg in argv)  # name -> value
+chosen = dict(arg.removeprefix("--").split("=", 1) for arg in argv if "=" in arg)  # name -> value
 
 # a folder of token shards, or one text file, read as bytes; some defaults below depend on which
 _here = os.path.dirname(os.path.abspath(__file__))
 _shards = os.path.join(_here, "edu_fineweb10B")
 data = chosen.get("data", _shards if os.path.isdir(_shards) else os.path.join(_here, "input.txt"))
-_gpu = getattr(torch.accelerator.current_accelerator(check_available=True), "type", "cpu")
-device = chosen.get("device", _gpu)  # cuda, mps (Apple's GPUs) or cpu
+_gpu = getattr(torch.accelerator.current_accelerator(check_available=True), "type", "")
+device = chosen.get("device", _gpu or "cpu")  # cuda, mps (Apple's GPUs) or cpu
 
 # GPT-2 (124M), for token shards: the paper's model, and GPT-3's recipe for a model of this size
 log_dir = "log/gpt2"       # where the run goes; an earlier one there is moved aside
@@ -92,11 +92,10 @@ dtype = "bfloat16" if device == "cuda" or torch.cpu._is_avx512_bf16_supported() 
 timeout = 600              # seconds that a process waits for the others before it gives up
 wandb_log, wandb_project = False, "gpt2"
 
-# --name=value overrides a constant for one launch
 constants = {k: v for k, v in globals().items() if k[0] != "_" and isinstance(v, (int, float, str))}
 forms = {bool: ("0|1|true|false", "0, 1, true or false"), int: (r"\d{1,18}", "an integer >= 0"),
          float: (r"(\d+\.?|\d*\.\d+)(e[+-]?\d+)?", "a number >= 0"), str: (".*", "text")}
-for arg in [arg for arg in argv if arg not in ("--help", "-h")]:
+for arg in [a for a in argv if a not in ("--help", "-h")]:  # --name=value, for this launch alone
     name, _, value = arg.removeprefix("--").partition("=")
     if name not in constants:
         near = difflib.get_close_matches(name, constants, n=1, cutoff=0)[0]
@@ -114,7 +113,7 @@ if {"--help", "-h"} & set(argv):
 @dataclasses.dataclass
 class GPTConfig:
     block_size: int = 1024   # tokens of context
-    vocab_size: int = 50257  # 50,000 merges + 256 bytes + <|endoftext|>; any beyond are padding
+    vocab_size: int = 50257  # 256 bytes, 50,000 BPE merges, <|endoftext|>; any beyond are padding
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
@@ -132,7 +131,7 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x):
-        B, T, C = x.shape
+        B, T, C = x.shape  # batch, time (tokens), channels (n_embd)
         q, k, v = self.c_attn(x).split(C, dim=2)
         # (B, T, C) -> (B, H, T, C/H)
         q, k, v = (z.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for z in (q, k, v))
@@ -165,7 +164,7 @@ class Block(nn.Module):
         return x + self.drop(self.mlp(self.ln_2(x)))  # sums pass gradients on undiminished
 
 class GPT(nn.Module):
-    """GPT-2 (Radford et al. 2019), with transformers' names and the paper's scaled residuals."""
+    """GPT-2 (Radford et al. 2019): from the tokens so far to scores for the one that comes next."""
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -176,7 +175,7 @@ class GPT(nn.Module):
             h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
             ln_f=nn.LayerNorm(config.n_embd)))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        # tied: the vector that stands for a token as input scores it as output; saves 38M of 163M
+        # tied: the vector that stands for a token as input scores it as output; saves 39M of 163M
         self.transformer.wte.weight = self.lm_head.weight
         for name, p in self.named_parameters():
             # the residual stream adds up 2 * n_layer branches: shrink each to keep the sum's size
@@ -219,7 +218,9 @@ class GPT(nn.Module):
     def from_pretrained(cls, name, dropout=0.0):
         """Loads transformers' format: a folder, or a name on the hub (gpt2, gpt2-medium, ...)."""
         from transformers import GPT2LMHeadModel
-        theirs = GPT2LMHeadModel.from_pretrained(name)
+        theirs, info = GPT2LMHeadModel.from_pretrained(name, output_loading_info=True)
+        if info["missing_keys"]:
+            raise OSError(f"{name}: not a whole GPT-2, it lacks {min(info['missing_keys'])}")
         c = theirs.config
         model = cls(GPTConfig(c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd, dropout))
         model.load_state_dict(transpose_conv1d(theirs.state_dict()))
@@ -252,17 +253,15 @@ def open_shard(path):
             else:
                 magic, version, count = np.frombuffer(file.read(1024), "<i4")[:3].tolist()
                 shape, dtype = (count,), "<u2" if (magic, version) == (20240520, 1) else None
-            if dtype != "<u2" or len(shape) != 1:
-                raise ValueError(f"{dtype} of shape {shape}")
             found = (os.path.getsize(path) - file.tell()) / 2
-            if found != shape[0]:
-                raise ValueError(f"expected {shape[0]} tokens, found {found:g}")
+            if (dtype, shape) != ("<u2", (found,)):
+                raise ValueError(f"expected {shape} of {dtype}, found {found:g} tokens of uint16")
         except Exception as error:  # of several kinds, for a damaged header
             sys.exit(f"{path}: not a shard, make it with fineweb.py: {error!r:.200}")
         return np.memmap(path, "<u2", mode="r", offset=file.tell(), shape=shape)
 
 @functools.lru_cache(maxsize=8)
-def permutation(n, seed, *more):
+def permutation(n, seed, *more):  # cached: windows in a row need the same ones
     return np.arange(n) if seed is None else np.random.default_rng([seed, *more]).permutation(n)
 
 class Tokens:
@@ -278,18 +277,18 @@ class Tokens:
             shards = {data: text[:cut] if split == "train" else text[cut:]}
         else:
             paths = sorted(glob.glob(os.path.join(glob.escape(data), f"*{split}*")))
-            shards = {path: open_shard(path) for path in paths if path.endswith((".npy", ".bin"))}
+            ours = re.compile(rf"{split}(?!.*(train|val)).*\.(npy|bin)$")  # retrieval_train: train
+            shards = {path: open_shard(path) for path in paths if ours.search(path)}
         self.shards = [(path, tokens) for path, tokens in shards.items() if len(tokens) > T]
         if not self.shards:
             why = f"no {split} window of T + 1 = {T + 1}" if os.path.exists(data) else "not found"
-            sys.exit(f"{data}: {why}; need a text file, or shards: python fineweb.py --out={data}")
+            sys.exit(f"--data={data}: {why}; give a text, or shards: python fineweb.py --out=DIR")
         if short := [path for path, tokens in shards.items() if len(tokens) <= T]:
             print(f"warning: skipping {', '.join(short)}: less than T + 1 = {T + 1} tokens")
         self.counts = [(len(tokens) - 1) // T for _, tokens in self.shards]  # windows in each
         self.n_windows = sum(self.counts)
-        # lengths and first 64k tokens, by which to notice other data
         parts = [b"%d " % len(tokens) + tokens[:1 << 16].tobytes() for _, tokens in self.shards]
-        self.hash = hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+        self.hash = hashlib.sha256(b"".join(parts)).hexdigest()[:16]  # to notice other data
 
     def window(self, i):
         """Place i in the order -> T + 1 tokens; exits where one is not in the vocabulary."""
@@ -300,7 +299,8 @@ class Tokens:
             i -= self.counts[shard]
         path, tokens = self.shards[shard]
         i = permutation(self.counts[shard], self.seed, epoch, shard)[i]
-        start = min(i * self.T + int(0.618 * self.T * epoch) % self.T, len(tokens) - self.T - 1)
+        shift = int(0.618 * self.T * epoch) % self.T  # golden ratio: the cuts spread evenly
+        start = min(i * self.T + shift, len(tokens) - self.T - 1)
         ids = tokens[start:start + self.T + 1]
         if (bad := ids.max()) >= self.vocab_size:
             sys.exit(f"{path}: token {bad} at offset {start + ids.argmax()} >= {self.vocab_size}")
@@ -310,13 +310,13 @@ class Tokens:
         """The B windows from place `first` on -> inputs, targets: (B, T) each, int64, on device."""
         ids = torch.from_numpy(np.stack([self.window(first + i) for i in range(B)], dtype=np.int64))
         ids = ids.pin_memory() if device == "cuda" else ids  # so that nothing waits for the copy
-        ids = ids.to(device, non_blocking=True)
+        ids = ids.to(device, non_blocking=device == "cuda")
         return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 # optimizer and schedule ------------------------------------------------------
 def orthogonalize(m):
-    """Matrices U S V^T (..., rows, columns), S singular values -> about U V^T: one strength for all
-    directions. An odd polynomial, x (a + b x^T x ...), acts on S alone; Jordan's leads to 1."""
+    """Matrices U S V^T (..., rows, columns) -> about U V^T: all directions equally strong. Each
+    round turns a singular value s into 3.4445 s - 4.7750 s^3 + 2.0315 s^5, in the end near 1."""
     x = m.bfloat16() if m.is_cuda else m  # enough for a direction; on most CPUs it is very slow
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(5):
@@ -330,8 +330,8 @@ class Muon(torch.optim.AdamW):
     so that one learning rate serves both (Liu et al. 2025, arXiv 2502.16982, section 2.2)."""
     @torch.no_grad()
     def step(self, closure=None):
-        for group in self.param_groups:
-            for p in group["params"] if group["muon_momentum"] is not None else []:
+        for group in [g for g in self.param_groups if g.get("muon_momentum") is not None]:
+            for p in group["params"]:
                 state, (rows, columns) = self.state[p], p.shape
                 if not state:  # AdamW, when it loads a state, looks for its step
                     state.update(step=torch.zeros(()), momentum_buffer=torch.zeros_like(p))
@@ -346,15 +346,15 @@ class Muon(torch.optim.AdamW):
 
 def make_optimizer(model, name, weight_decay, betas, momentum):
     """AdamW for all, or Muon for the blocks' matrices; biases and LayerNorms are not decayed."""
-    groups = {"matrices": [], "embeddings": [], "vectors": []}
-    for n, p in model.named_parameters():
-        groups["vectors" if p.dim() < 2 else "matrices" if ".h." in n else "embeddings"].append(p)
-    return Muon([{"params": params, "weight_decay": 0.0 if kind == "vectors" else weight_decay,
-                  "muon_momentum": momentum if (kind, name) == ("matrices", "muon") else None}
-                 for kind, params in groups.items()], betas=betas, fused=True)
+    matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and ".h." in n]
+    embeddings = [p for n, p in model.named_parameters() if p.dim() == 2 and ".h." not in n]
+    vectors = [p for p in model.parameters() if p.dim() != 2]
+    return Muon([{"params": matrices, "muon_momentum": momentum if name == "muon" else None},
+                 {"params": embeddings}, {"params": vectors, "weight_decay": 0.0}],
+                weight_decay=weight_decay, betas=betas, fused=True)
 
 def get_lr(step, max_lr, min_lr, warmup_steps, max_steps):
-    """Linear warmup, as big steps from random weights derail; then half a cosine, far to fine."""
+    """Linear warmup, as big steps from random weights diverge; then half a cosine to min_lr."""
     if step < warmup_steps:
         return max_lr * (step + 1) / warmup_steps
     progress = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
@@ -400,7 +400,7 @@ def text_codec(n_tokens):
         print(f"no samples: can't fetch GPT-2's tokenizer ({type(error).__name__}), see README.md")
 
 # logging and checkpoints -----------------------------------------------------
-# dense bf16 FLOP/s, from the data sheets; the first of the names that is in the device's counts
+# dense bf16 FLOP/s, from the data sheets; the first name found in the device's own counts
 PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12}
 
 def open_log(log_dir, start, head):
@@ -434,41 +434,40 @@ def open_log(log_dir, start, head):
     log_file.write("" if kept else json.dumps(head) + "\n")
     return log_file
 
-def log(log_file, wandb_run, line, **event):
-    """The one sink: a line for the console, the event as JSON for log.jsonl, and wandb where on."""
-    print(line, flush=True)
-    log_file.write(json.dumps(event) + "\n")
+def log(log_file, wandb_run, step, line, **event):
+    """Prints a line, and adds the event to log.jsonl, as JSON, and where it is on to wandb."""
+    print(f"step {step:5d} | {line}", flush=True)
+    log_file.write(json.dumps({"step": step} | event) + "\n")
     if wandb_run:
-        wandb_run.log(event, step=event["step"])
+        wandb_run.log(event, step=step)
 
 def checkpoint_paths(log_dir):  # oldest first
-    paths = glob.glob(os.path.join(glob.escape(log_dir), "ckpt_*.pt"))
-    return sorted(paths, key=lambda path: (len(path), path))
+    paths = glob.glob(os.path.join(glob.escape(os.path.normpath(log_dir)), "ckpt_*.pt"))
+    return sorted([p for p in paths if re.search(r"ckpt_\d+\.pt$", p)], key=lambda p: (len(p), p))
 
 def save_checkpoint(log_dir, keep, checkpoint, final):
-    """Writes beside the final name, then renames: a kill at any moment leaves no half a checkpoint.
+    """Writes beside the final name, then renames: a kill never leaves half a checkpoint.
     A full disk is worth a warning, as there are older ones; at the end, it is an error."""
-    path = os.path.join(log_dir, f"ckpt_{checkpoint['step']:06d}.pt")
+    path = os.path.join(os.path.normpath(log_dir), f"ckpt_{checkpoint['step']:06d}.pt")
     try:
         with open(path + ".tmp", "wb", buffering=0) as file:
             torch.save(checkpoint, file)
             os.fsync(file.fileno())
         os.replace(path + ".tmp", path)
-    except (OSError, RuntimeError) as error:  # torch's is a RuntimeError
+    except (OSError, RuntimeError) as error:  # the latter is torch's, around an OSError
         if os.path.exists(path + ".tmp"):
             os.remove(path + ".tmp")
         problem = f"{path} can't be saved: {error.__context__ or error}"
         return sys.exit(problem) if final else print(f"warning: {problem}")
-    paths = checkpoint_paths(log_dir)  # newer ones are damaged: load_checkpoint passed them over
-    for old in paths[:paths.index(path) + 1][:-keep]:
+    paths = checkpoint_paths(log_dir)  # any after this one did not load, and do not count
+    for old in paths[:paths.index(path) + 1][:-keep]:  # all stay for keep = 0: [:-0] is empty
         os.remove(old)
 
 def load_checkpoint(log_dir):
     """The newest checkpoint that loads; weights_only: as tensors and builtins, running no code."""
     for path in reversed(checkpoint_paths(log_dir)):
         try:
-            if damaged := zipfile.ZipFile(path).testzip():  # by the checksums, which torch ignores
-                raise OSError(f"{damaged} is damaged")
+            assert not zipfile.ZipFile(path).testzip(), "checksums differ"  # torch ignores them
             return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # whatever a damaged or hostile file leads to
             print(f"warning: {path} does not load, trying the one before it: {error!r:.200}")
@@ -476,7 +475,7 @@ def load_checkpoint(log_dir):
 
 # the run ---------------------------------------------------------------------
 if __name__ == "__main__":
-    # torchrun sets these; plain python is a world of one
+    # torchrun starts a process, a rank, for each GPU and sets these; plain python is rank 0 of 1
     rank = int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -494,14 +493,14 @@ if __name__ == "__main__":
         print(str(error).strip().partition("\n")[0], file=sys.stderr)
     sys.excepthook = explain
     # mistakes in the constants and the data end here, before anything is built or moved
-    choices = {"device": f"cpu {_gpu}", "optimizer": "adamw muon", "dtype": "bfloat16 float32"}
+    choices = {"device": f"{_gpu} cpu", "optimizer": "adamw muon", "dtype": "bfloat16 float32"}
     for name, allowed in choices.items():
         if constants[name] not in allowed.split():
-            sys.exit(f"--{name}={constants[name]}: this machine's choices are {allowed}")
-    n_here, n_gpus = os.environ.get("LOCAL_WORLD_SIZE", 1), torch.accelerator.device_count()
+            sys.exit(f"--{name}={constants[name]}: this machine's choices are {allowed.strip()}")
+    n_here, n_gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.accelerator.device_count()
     if device != "cpu" and local_rank >= n_gpus:
         sys.exit(f"{n_here} processes, but {n_gpus} GPUs here; try --nproc_per_node={n_gpus}")
-    if min(B, T, n_head) == 0 or n_embd % n_head or max(dropout, beta1, beta2, momentum) >= 1:
+    if 0 in (B, T, n_head, n_embd) or n_embd % n_head or max(dropout, beta1, beta2, momentum) >= 1:
         sys.exit(f"need {B=}, {T=} > 0, {n_embd=} % {n_head=} == 0, dropout, betas, momentum < 1")
     fits = [b for b in range(1, B + 1) if total_batch_size % (b * T * world_size) == 0]
     if B not in fits or total_batch_size == 0:
@@ -522,14 +521,14 @@ if __name__ == "__main__":
 
     # start afresh, or from rank 0's newest checkpoint: when asked to, and when torchrun restarts us
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if world_size > 1:  # a prefix for each attempt, or it meets the keys of the one that failed
-        attempt = restarts if n_here == str(world_size) else ""  # nodes may count in other ways
+    if world_size > 1:  # the ranks meet in a store: a restart must not find its old keys
+        attempt = restarts if n_here == world_size else ""  # nodes may count in other ways
         store = dist.PrefixStore(attempt, next(dist.rendezvous("env://"))[0])
         dist.init_process_group("nccl" if device == "cuda" else "gloo", store=store, rank=rank,
                                 world_size=world_size, timeout=datetime.timedelta(seconds=timeout))
     restarted = sum_over_ranks([int(restarts)], device)[0] > 0 and checkpoint_paths(log_dir) != []
     config = constants | {"data_hash": train.hash + val.hash}
-    asked = init_from == "resume"
+    asked = init_from == "resume"  # if not, but restarted, this is the same launch as before
     shared = [config, load_checkpoint(log_dir) if rank == 0 and (asked or restarted) else None]
     if world_size > 1:
         dist.broadcast_object_list(shared)
@@ -537,7 +536,7 @@ if __name__ == "__main__":
     if other := [k for k in config if config[k] != theirs[k] and k not in ("data", "log_dir")]:
         sys.exit(f"rank {rank} differs from rank 0 in {', '.join(other)}; launch all nodes alike")
     torch.manual_seed(seed)
-    start, weights, wandb_run = 0, None, None
+    start, pretrained, wandb_run = 0, None, None
     if checkpoint:
         start, old = checkpoint["step"], checkpoint["config"] | {"init_from": init_from}
         differ = {k: f"{k} was {old.get(k)}, is {v}" for k, v in config.items() if v != old.get(k)}
@@ -545,7 +544,7 @@ if __name__ == "__main__":
         if wrong := "; ".join(differ[k] for k in (fixed if asked else differ) if k in differ):
             sys.exit(f"can't resume: {wrong}; set it back, or start anew with --init_from=scratch")
         print("\n  ".join([f"resuming {log_dir} at step {start}", *differ.values()]))
-        gpt_config, weights = GPTConfig(**old["model"] | {"dropout": dropout}), checkpoint["model"]
+        gpt_config = GPTConfig(**old["model"] | {"dropout": dropout})
     elif init_from == "scratch":
         padded = math.ceil(n_tokens / 128) * 128  # 50257 -> 50304, which GPUs multiply faster
         gpt_config = GPTConfig(T, padded, n_layer, n_head, n_embd, dropout)
@@ -553,12 +552,13 @@ if __name__ == "__main__":
         if not os.path.isdir(init_from) and "/" not in init_from and init_from[:4] != "gpt2":
             sys.exit(f"--init_from={init_from}: not scratch, resume, a folder, or a GPT-2 by name")
         pretrained = GPT.from_pretrained(init_from, dropout)
-        gpt_config, weights = pretrained.config, pretrained.state_dict()
+        gpt_config = pretrained.config
         if T > gpt_config.block_size or n_tokens != pretrained.n_tokens:
             sys.exit(f"--T={T} with {n_tokens} tokens: --init_from={init_from} has a context of "
                      f"{gpt_config.block_size} and {pretrained.n_tokens} tokens")
     head = {"constants": constants, "torch": torch.__version__, "numpy": np.__version__, "gpu": gpu}
-    log_file = open_log(log_dir, start if checkpoint else None, head) if rank == 0 else sys.stdout
+    writes = rank == 0 and start <= max_steps  # a run past its last step is only looked at
+    log_file = open_log(log_dir, checkpoint and start, head) if writes else open(os.devnull, "w")
     if wandb_log and rank == 0:
         import wandb
         wandb_run = wandb.init(project=wandb_project, name=log_dir, dir=log_dir, config=config)
@@ -568,26 +568,26 @@ if __name__ == "__main__":
         except Exception as error:  # of many kinds; as a rule, there is no C++ compiler
             print(f"warning: --compile=0, as it fails here: {error!r:.200}")
             compile = False
-    raw_model = GPT(gpt_config).to(device)
-    raw_model.load_state_dict(weights or raw_model.state_dict())
+    raw_model = (pretrained or GPT(gpt_config)).to(device)
     opt = make_optimizer(raw_model, optimizer, weight_decay, (beta1, beta2), momentum)
-    if checkpoint:  # the state alone: weight decay and the like are today's
+    if checkpoint:  # of the optimizer, the state alone: weight decay and the like are today's
+        raw_model.load_state_dict(checkpoint["model"])
         opt.load_state_dict(opt.state_dict() | {"state": checkpoint["optimizer"]["state"]})
-    checkpoint = weights = shared = pretrained = None  # frees the memory of these copies
+    checkpoint = shared = None  # frees the memory of these copies
 
     # raw_model is evaluated, sampled and saved; model, with the same weights, trains: compiled, and
     # in DDP, which averages the gradients of all processes while backward still computes others
     ddp = DDP(raw_model, gradient_as_bucket_view=True) if world_size > 1 else raw_model
     model = torch.compile(ddp) if compile else ddp
     c, n_params = gpt_config, sum(p.numel() for p in raw_model.parameters())
-    # forward and backward: 6 for each weight but the positions', and attention's (nanoGPT's count)
+    # 2 a weight forward, 4 backward, none for positions; attention 12 L C T (nanoGPT's estimate)
     flops_per_token = 6 * (n_params - c.block_size * c.n_embd) + 12 * c.n_layer * c.n_embd * T
     peak_flops = next((flops for name, flops in PEAK_FLOPS.items() if name in gpu), None)
     print(f"{n_params:,} parameters, {train.n_windows * T:,} tokens, {world_size} x {gpu}, {dtype}")
     examples = hellaswag.load(skip=True) if n_tokens == GPTConfig.vocab_size else None
     codec = text_codec(n_tokens) if rank == 0 and n_samples else None
     report = functools.partial(log, log_file, wandb_run)
-    signals = []  # looked at after each update, to save and leave; a second one kills
+    signals = []  # added up over the ranks in each step; if any, all save and leave; a second kills
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda n, _: (signals.append(n), signal.signal(n, signal.SIG_DFL)))
     saver = ThreadPoolExecutor(1)
@@ -599,23 +599,23 @@ if __name__ == "__main__":
         final = step == last
         if (final or val_every and step % val_every == 0) and not stopped:
             loss = evaluate(raw_model.eval(), val, n_val, B, rank, world_size, device, autocast)
-            report(f"step {step:5d} | val loss {loss:.4f}", step=step, val_loss=loss)
+            report(step, f"val loss {loss:.4f}", val_loss=loss)
         if (final or hella_every and step % hella_every == 0) and examples and not stopped:
             acc = hellaswag.evaluate(raw_model, examples, B * T, autocast)["acc_norm"]
-            report(f"step {step:5d} | HellaSwag acc_norm {acc:.4f}", step=step, hellaswag=acc)
+            report(step, f"HellaSwag acc_norm {acc:.4f}", hellaswag=acc)
         if (final or sample_every and step and step % sample_every == 0) and codec and not stopped:
             texts = sample(raw_model.eval(), *codec, prompt, n_samples, sample_tokens,
                            temperature, top_k, seed, device, autocast)
             for text in texts:
-                report(f"step {step:5d} | sample: {text}\n", step=step, sample=text)
+                report(step, f"sample: {text}\n", sample=text)
             if wandb_run:
                 wandb_run.log({"samples": wandb.Table(["text"], [[t] for t in texts])}, step=step)
-        if rank == 0 and (final or stopped or step and save_every and step % save_every == 0):
-            saved.result()  # one at a time, of a copy, while the training goes on
+        if writes and (final or stopped or step and save_every and step % save_every == 0):
+            saved.result()  # one at a time, by a thread, of a copy that training leaves alone
             state = tree_map_only(torch.Tensor, lambda p: p.to("cpu", copy=True), {
                 "model": raw_model.state_dict(), "optimizer": opt.state_dict(),
                 "step": step, "config": config | {"model": dataclasses.asdict(gpt_config)}})
-            state["model"]["lm_head.weight"] = state["model"]["transformer.wte.weight"]  # tied
+            state["model"]["lm_head.weight"] = state["model"]["transformer.wte.weight"]  # one copy
             saved = saver.submit(save_checkpoint, log_dir, keep, state, final or stopped)
         if final or stopped:
             break
@@ -626,7 +626,7 @@ if __name__ == "__main__":
         lr = get_lr(step, max_lr, min_lr, warmup_steps, max_steps)
         for group in opt.param_groups:
             group["lr"] = lr
-        torch.manual_seed(seed + 1000003 * step + rank)  # a resumed step repeats its dropout
+        torch.manual_seed(seed + 1000003 * step + rank)  # dropout: of seed, step and rank alone
         total = 0.0
         for micro in range(micro_steps):
             ddp.require_backward_grad_sync = micro == micro_steps - 1  # average once, at the end
@@ -646,15 +646,15 @@ if __name__ == "__main__":
         if log_every and step % log_every == 0 or step == last - 1:
             rate, left = total_batch_size / dt, (last - 1 - step) * dt / 60
             mfu = flops_per_token * rate / (world_size * peak_flops) if peak_flops else None
-            report(f"step {step:5d} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | "
-                   f"{dt * 1e3:.0f} ms | {rate:,.0f} tokens/s | " +
-                   (f"mfu {mfu:.1%} | " if mfu else "") + f"{left:.1f} min left", step=step,
-                   train_loss=loss, lr=lr, grad_norm=norm, dt=dt, tokens_per_sec=rate, mfu=mfu)
+            used = f"mfu {mfu:.1%} | " if mfu else ""
+            report(step, f"loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | {dt * 1e3:.0f} ms | "
+                   f"{rate:,.0f} tokens/s | {used}{left:.1f} min left", train_loss=loss, lr=lr,
+                   grad_norm=norm, dt=dt, tokens_per_sec=rate, mfu=mfu)
 
     saved.result()
-    if rank == 0 and not stopped and n_tokens == GPTConfig.vocab_size:
+    if writes and not stopped and n_tokens == GPTConfig.vocab_size:
         raw_model.save_pretrained(os.path.join(log_dir, "hf"))
     print(f"stopped at step {step}, --init_from=resume goes on" if stopped else f"done: {log_dir}")
     if world_size > 1:
-        dist.barrier()  # rank 0 may still be saving
+        sum_over_ranks([0], device)  # waits for rank 0, which may still be saving
         dist.destroy_process_group()

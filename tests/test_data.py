@@ -89,6 +89,17 @@ def test_seed_and_split(shards):
     )
 
 
+def test_the_last_word_of_a_name_counts(tmp_path):
+    for i, name in enumerate(
+        ["retrieval_train_0.npy", "constraints_val_0.npy", "val_train.npy.tmp"]
+    ):
+        with open(tmp_path / name, "wb") as file:
+            np.save(file, np.full(100, i, np.uint16))
+    for split, token in (("train", 0), ("val", 1)):
+        tokens = Tokens(str(tmp_path), split, 9, VOCAB)
+        assert tokens.n_windows == 11 and set(tokens.window(0)) == {token}
+
+
 def test_text_is_bytes_and_the_last_tenth_is_val(tmp_path):
     (tmp_path / "any.txt").write_bytes(bytes(range(256)) * 4)
     train_split, val = (
@@ -121,12 +132,14 @@ def test_shard_of_another_length_than_its_header_says(folder):
     line = problem(folder)
     assert str(path) in line and "20000" in line and "19000" in line
     path.write_bytes(whole + b"12")
-    with pytest.raises(SystemExit, match=f"{path}: .*expected 20000 tokens, found 20001"):
+    with pytest.raises(SystemExit, match=rf"{path}: .*expected \(20000,\).*found 20001 tokens"):
         open_shard(str(path))
     write_bin(folder / "train_1.bin", range(20000))
     path = folder / "train_1.bin"
     path.write_bytes(path.read_bytes()[:-11])
-    with pytest.raises(SystemExit, match=f"{path}: .*expected 20000 tokens, found 19994.5"):
+    with pytest.raises(
+        SystemExit, match=rf"{path}: .*expected \(20000,\) .*, found 19994.5 tokens"
+    ):
         open_shard(str(path))
 
 

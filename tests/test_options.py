@@ -57,6 +57,7 @@ MISTAKES = {
     "--device=tpu": "cpu",
     "--n_head=3": "n_head=3",
     "--T=0": "T=0",
+    "--n_embd=0": "n_embd=0",
     "--B=0": "B=0",
     "--seed=1" + 20 * "0": "integer",
     "--timeout=1e3": "integer",

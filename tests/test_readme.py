@@ -28,7 +28,10 @@ STORY = {
         "--sample_tokens=40",
     ],
     "python train_gpt2.py --data=my.txt --max_steps=2000": SMALL,
-    "python train_gpt2.py --data=my.txt --init_from=resume": [*TINY, "--max_steps=5"],
+    "python train_gpt2.py --data=my.txt --max_steps=2000 --init_from=resume": [
+        *TINY,
+        "--max_steps=5",
+    ],
     # with the model and the batch as they are: --B=16 has to divide
     "torchrun --standalone --nproc_per_node=2 train_gpt2.py --data=my.txt --B=16": [
         "--max_steps=2",
