@@ -467,7 +467,7 @@ def load_checkpoint(log_dir):
     """The newest checkpoint that loads; weights_only: as tensors and builtins, running no code."""
     for path in reversed(checkpoint_paths(log_dir)):
         try:
-            assert not zipfile.ZipFile(path).testzip(), "checksums differ"  # torch ignores them
+            assert not zipfile.ZipFile(path).testzip(), "it is damaged"  # torch ignores checksums
             return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # whatever a damaged or hostile file leads to
             print(f"warning: {path} does not load, trying the one before it: {error!r:.200}")

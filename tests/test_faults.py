@@ -335,7 +335,7 @@ def test_flipped_bits_in_a_checkpoint(text, tmp_path):
     path.write_bytes(content)
     torch.load(path, weights_only=True)
     result = train(*flags, "--init_from=resume")
-    assert "is damaged" in result.stdout and "at step 2" in result.stdout
+    assert "it is damaged" in result.stdout and "at step 2" in result.stdout
     assert_same_tensors(torch.load(path, weights_only=True)["model"], expected)
 
 
