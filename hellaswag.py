@@ -213,5 +213,5 @@ if __name__ == "__main__":
         print(f"acc {result['correct']}/{n}={result['acc']:.4f} +- {errors['acc']:.4f}, acc_norm "
               f"{result['correct_norm']}/{n}={result['acc_norm']:.4f} +- {errors['acc_norm']:.4f}")
     if dist.is_initialized():
-        dist.all_reduce(torch.zeros(1, device=device))  # leave together, or the last may abort
+        dist.barrier()  # leave together: a process that is left behind may abort
         dist.destroy_process_group()

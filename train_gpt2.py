@@ -656,5 +656,5 @@ if __name__ == "__main__":
         raw_model.save_pretrained(os.path.join(log_dir, "hf"))
     print(f"stopped at step {step}, --init_from=resume goes on" if stopped else f"done: {log_dir}")
     if world_size > 1:
-        sum_over_ranks([0], device)  # waits for rank 0, which may still be saving
+        dist.barrier()  # rank 0 may still be saving; a sum is not enough: a rank left behind aborts
         dist.destroy_process_group()
