@@ -559,7 +559,7 @@ if __name__ == "__main__":
     head = {"constants": constants, "torch": torch.__version__, "numpy": np.__version__, "gpu": gpu}
     writes = rank == 0 and start <= max_steps  # a run past its last step is only looked at
     log_file = open_log(log_dir, checkpoint and start, head) if writes else open(os.devnull, "w")
-    if wandb_log and rank == 0:
+    if wandb_log and writes:
         import wandb
         wandb_run = wandb.init(project=wandb_project, name=log_dir, dir=log_dir, config=config)
     if compile:

@@ -132,7 +132,7 @@ def test_shard_of_another_length_than_its_header_says(folder):
     line = problem(folder)
     assert str(path) in line and "20000" in line and "19000" in line
     path.write_bytes(whole + b"12")
-    with pytest.raises(SystemExit, match=rf"{path}: .*expected \(20000,\).*found 20001 tokens"):
+    with pytest.raises(SystemExit, match=rf"{path}: .*expected \(20000,\) .*, found 20001 tokens"):
         open_shard(str(path))
     write_bin(folder / "train_1.bin", range(20000))
     path = folder / "train_1.bin"

@@ -118,7 +118,8 @@ def test_past_its_end_a_run_is_only_looked_at(straight, text):
     flags = "--max_steps=0", "--init_from=resume", "--n_samples=3", "--prompt=KING"
     with open(log_dir / "log.jsonl") as log:
         fcntl.flock(log, fcntl.LOCK_EX)  # as a run in training does
-        result = train(f"--data={text}", f"--log_dir={log_dir}", *flags, "--val_tokens=64")
+        flags += "--val_tokens=64", "--wandb_log=1"  # which would leave a folder there
+        result = train(f"--data={text}", f"--log_dir={log_dir}", *flags)
     assert result.stdout.count("sample: KING") == 3
     assert {path.name: path.read_bytes() for path in log_dir.iterdir()} == before
 
