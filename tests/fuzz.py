@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from conftest import ROOT, TINY, fork, log_of, write_bin
+from conftest import ROOT, TINY, fork, load, log_of, write_bin
 from storm import different_tensors
 
 torch.set_num_threads(1)  # a fork does not inherit threads, and would wait for them
@@ -61,7 +61,7 @@ class Fuzz:
             flags = [*SMALL, f"--data={data}", f"--log_dir={log_dir}"]
             result = fork(*flags, "--max_steps=6")
             assert result.returncode == 0, result.stderr
-            self.straight[data] = torch.load(log_dir / "ckpt_000006.pt", weights_only=True)
+            self.straight[data] = load(log_dir / "ckpt_000006.pt")
             (log_dir / "ckpt_000006.pt").unlink()
             self.resumable[data] = log_dir
 
@@ -80,7 +80,7 @@ class Fuzz:
         return result.returncode, result.stdout, result.stderr, log_dir
 
     def ends_alike(self, data, log_dir):
-        found = torch.load(log_dir / "ckpt_000006.pt", weights_only=True)
+        found = load(log_dir / "ckpt_000006.pt")
         expected = self.straight[data]
         return not any(different_tensors(found[k], expected[k]) for k in ("model", "optimizer"))
 

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import torch
-from conftest import ROOT, assert_same_tensors, finish, log_of, series, start
+from conftest import ROOT, assert_same_tensors, finish, load, log_of, series, start
 
 
 def processes_of(log_dir):
@@ -86,9 +86,7 @@ def storm(folder, kills, processes=1, seed=0, flags=()):
         start(*flags, f"--log_dir={stormy}", "--init_from=resume", processes=processes), 600
     )
     assert last.returncode == 0 and finish(undisturbed, 600).returncode == 0, last
-    a, b = (
-        torch.load(run / f"ckpt_{50 * kills:06d}.pt", weights_only=True) for run in (calm, stormy)
-    )
+    a, b = (load(run / f"ckpt_{50 * kills:06d}.pt") for run in (calm, stormy))
     for checkpoint in (a, b):
         del checkpoint["config"]
     steps = [event["step"] for event in log_of(stormy) if "train_loss" in event]

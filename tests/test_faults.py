@@ -16,6 +16,7 @@ from conftest import (
     command,
     finish,
     kill,
+    load,
     log_of,
     mistake,
     series,
@@ -305,7 +306,7 @@ def test_weights_that_are_not_numbers(text, tmp_path, processes):
     flags = [f"--data={text}", f"--log_dir={tmp_path}/log", "--max_steps=4", "--B=4"]
     train(*flags, "--max_steps=2")
     path = tmp_path / "log" / "ckpt_000002.pt"
-    checkpoint = torch.load(path, weights_only=True)
+    checkpoint = load(path)
     checkpoint["model"]["transformer.h.1.mlp.c_fc.weight"][0, 0] = float("nan")
     torch.save(checkpoint, path)
     result = finish(
@@ -329,14 +330,14 @@ def test_flipped_bits_in_a_checkpoint(text, tmp_path):
     flags = [f"--data={text}", f"--log_dir={tmp_path}/log", "--max_steps=4", "--save_every=2"]
     train(*flags)
     path = tmp_path / "log" / "ckpt_000004.pt"
-    expected = torch.load(path, weights_only=True)["model"]
+    expected = load(path)["model"]
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     torch.load(path, weights_only=True)
     result = train(*flags, "--init_from=resume")
     assert "it is damaged" in result.stdout and "at step 2" in result.stdout
-    assert_same_tensors(torch.load(path, weights_only=True)["model"], expected)
+    assert_same_tensors(load(path)["model"], expected)
 
 
 def test_a_damaged_log_is_kept(text, tmp_path):
