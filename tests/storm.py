@@ -43,8 +43,10 @@ def kill_all(process, log_dir):
 
 
 def steps_logged(log_dir):
-    log = Path(log_dir) / "log.jsonl"
-    return log.read_bytes().count(b'"train_loss"') if log.exists() else 0
+    try:
+        return (Path(log_dir) / "log.jsonl").read_bytes().count(b'"train_loss"')
+    except FileNotFoundError:  # not yet, or just being moved aside by a run that starts anew
+        return 0
 
 
 def different_tensors(a, b):
