@@ -10,6 +10,7 @@ becomes <|endoftext|> and the tokens of its text. In the order of the files, all
 of shard_size tokens, the first for validation. Stop it at will: the same command goes on.
 """
 import argparse
+import contextlib
 import functools
 import json
 import multiprocessing
@@ -18,7 +19,6 @@ import signal
 import sys
 import threading
 import time
-from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from itertools import accumulate, islice
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -48,14 +48,14 @@ def list_files(source, subset, suffixes, commit=None):
 
 def download(source, commit, name, folder=None):
     """The local path of a file. The client resumes what breaks off; where it gives up, we go on."""
-    for pause in (1, 5, 25, None):
+    for pause in (0, 1, 5, 25):
+        time.sleep(pause)
         try:
             return name if commit is None else hub.hf_hub_download(
                 source, name, revision=commit, repo_type="dataset", local_dir=folder)
         except Exception as error:
-            if pause is None:
-                raise OSError(f"{source}: {' '.join(str(error).split())}") from None
-            time.sleep(pause)
+            reason = " ".join(str(error).split())
+    raise OSError(f"{source}: {reason}")
 
 def read_file(path):
     """Yields (texts of batch_size documents, their share of the file's bytes)."""
@@ -67,57 +67,64 @@ def read_file(path):
             yield rows.column("text").to_pylist(), size * len(rows) // file.metadata.num_rows
     elif path.endswith(".jsonl"):
         with open(path, "rb") as file:
-            while lines := list(islice(file, batch_size)):
-                texts = [json.loads(line)["text"] for line in lines if line.strip()]
-                yield texts, sum(map(len, lines))
+            while rows := list(islice(file, batch_size)):
+                yield [json.loads(row)["text"] for row in rows if row.strip()], sum(map(len, rows))
     else:
         yield [Path(path).read_bytes().decode()], size
 
 def read_source(fetch, names, first, batch):
-    """Yields (file, batch, its bytes or what went wrong, texts), from a batch of a file on."""
+    """Yields (file, batch, its bytes, its texts), from a batch of a file on."""
     for file in range(first, len(names)):
         if file > first and not os.path.exists(names[file]):
             yield file, 0, 0, []  # before we wait for the hub, let all before get into shards
         try:
             path = fetch(file).get()
-            for n, (texts, size) in enumerate(read_file(path)):
+            for batch, (texts, size) in islice(enumerate(read_file(path)), batch, None):
                 "".join(text for text in texts if text is not None)  # TypeError: not all are str
-                if n >= batch:
-                    yield file, (batch := n), size, texts
+                yield file, batch, size, texts
         except (OSError, ValueError, LookupError, TypeError) as error:
-            return (yield file, batch, error, [])
+            yield file, batch, 0, []
+            raise OSError(f"{names[file]}, after {batch * batch_size} documents: {error}") from None
         if not keep_downloads and path != names[file]:
             os.remove(os.path.realpath(path))  # the client's cache has links to its files
         batch = 0
     yield len(names), 0, 0, []
 
-def start_worker():
-    """Ctrl-C is the parent's affair; and if the parent is killed, its workers leave too."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+def work(pipe):
+    """A worker: texts in; out, their tokens in one uint16 array, each text's after an EOT."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's affair
+    encode = tiktoken.get_encoding("gpt2").encode_to_numpy
+    with contextlib.suppress(EOFError, OSError):  # until the parent is gone
+        while True:
+            parts = [np.empty(0, np.uint16)]
+            for text in (text for text in pipe.recv() if text is not None):
+                # half of a surrogate pair, which JSON can spell, is U+FFFD, as in encode_ordinary
+                text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+                parts += [EOT], encode(text, disallowed_special=())  # "<|endoftext|>" is mere text
+            pipe.send(np.concatenate(parts, dtype=np.uint16, casting="unsafe"))
 
-def tokenize(texts):
-    """Texts -> their tokens in one uint16 array, each text's after an EOT; a null has none."""
-    encode, parts = tiktoken.get_encoding("gpt2").encode_to_numpy, [np.empty(0, np.uint16)]
-    for text in (text for text in texts if text is not None):
-        # half of a surrogate pair, which JSON can spell, becomes U+FFFD, as in encode_ordinary
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        parts += [EOT], encode(text, disallowed_special=())  # "<|endoftext|>" is mere text
-    return np.concatenate(parts, dtype=np.uint16, casting="unsafe")
+def tokenize(thread, batch):
+    """-> (batch, its tokens), made by the worker of this thread, which the first call starts."""
+    if not hasattr(thread, "pipe"):
+        spawn = multiprocessing.get_context("spawn")
+        thread.pipe, its_end = spawn.Pipe()  # its own: ends with it, be it in half a message
+        spawn.Process(target=work, args=[its_end], daemon=True).start()
+        its_end.close()
+    with contextlib.suppress(EOFError, OSError):
+        thread.pipe.send(batch[3])
+        return batch, thread.pipe.recv()
+    raise ChildProcessError("a worker was killed; for memory, try fewer --workers")
 
-def in_order(pool, batches, n):
-    """Yields (batch, its tokens) in order; n may be in the making, none beyond an empty one."""
-    waiting = []
+def in_order(batches, workers):
+    """Yields (batch, its tokens) in order; some are in the making, none beyond an empty one."""
+    waiting, threads, thread = [], ThreadPool(workers), threading.local()
     for batch in batches:
-        waiting.append((batch, pool.submit(tokenize, batch[3])))
-        while len(waiting) > n or waiting and not batch[3]:
-            done, tokens = waiting.pop(0)
-            yield done, tokens.result()
+        waiting.append(threads.apply_async(tokenize, (thread, batch)))
+        while len(waiting) > 4 * workers or waiting and not batch[3]:
+            yield waiting.pop(0).get()
 
 if __name__ == "__main__":
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    folder = os.path.join(os.path.dirname(os.path.abspath(__file__)), "edu_fineweb10B")
     parser = argparse.ArgumentParser(usage=__doc__, allow_abbrev=False)
     parser.error = lambda message: sys.exit(f"{message}; --help lists what there is")
     flag = parser.add_argument
@@ -125,7 +132,7 @@ if __name__ == "__main__":
     flag("--subset", default="sample/10BT", help="the dataset's folder to take (%(default)s)")
     flag("--shard_size", type=int, default=100_000_000, help="tokens in a shard (%(default)s)")
     flag("--pretokenized", nargs="?", const="kjj0/finewebedu10B-gpt2", help="take .bin shards")
-    flag("--out", default=folder, help="where the shards go (%(default)s)")
+    flag("--out", default=Path(__file__).with_name("edu_fineweb10B"), help="where the shards go")
     flag("--shards", type=int, default=sys.maxsize, help="stop when there are so many")
     flag("--workers", type=int, default=cores, help="processes that tokenize (%(default)s)")
     source, subset, shard_size, ready, out, shards, workers = vars(parser.parse_args()).values()
@@ -133,13 +140,11 @@ if __name__ == "__main__":
         parser.error("--shard_size, --workers and --shards have to be positive")
     suffixes = (".bin",) if ready else (".parquet", ".jsonl", ".txt")
     if os.path.exists(source):  # a folder here: none of its files may come or go on the way
-        subset = f"{len(list_files(source, subset, suffixes)[1])} files"
-        source = os.path.abspath(source)
+        source, subset = os.path.abspath(source), f"{len(list_files(source, 0, suffixes)[1])} files"
     made_of = [ready] if ready else [source, subset, shard_size]
 
     def explain(kind, error, trace):  # one line where the reason lies outside the program
-        reasons = {KeyboardInterrupt: "stopped", BlockingIOError: "another run is writing there",
-                   BrokenProcessPool: "a worker was killed; for memory, try fewer --workers"}
+        reasons = {KeyboardInterrupt: "stopped", BlockingIOError: "another run is writing there"}
         if not issubclass(kind, (OSError, *reasons)):
             return sys.__excepthook__(kind, error, trace)
         print(f"--out={out}: {reasons.get(kind, error)}; the same command goes on", file=sys.stderr)
@@ -147,8 +152,7 @@ if __name__ == "__main__":
     def shard_path(n):
         return os.path.join(out, f"edufineweb_{'train' if n else 'val'}_{n:06d}.npy")
 
-    # the last line of progress.jsonl says where in the source the next shard begins
-    progress = os.path.join(out, "progress.jsonl")
+    progress = os.path.join(out, "progress.jsonl")  # its last line: where the next shard begins
     log = open(progress, encoding="utf-8") if os.path.exists(progress) else ()
     lines = [json.loads(line) for line in log if line.endswith("}\n")]  # not what a kill has torn
     places = [p for p in lines if all(os.path.exists(shard_path(n)) for n in range(p["shard"]))]
@@ -177,7 +181,7 @@ if __name__ == "__main__":
 
     def finish(tokens):  # notes where the next shard begins, then lets this one appear, whole
         path = shard_path(here.shard)
-        here.shard += len(tokens) > 0
+        here.shard, here.end = here.shard + (len(tokens) > 0), len(tokens) < shard_size
         here.documents += int(np.count_nonzero(tokens == EOT))
         print(json.dumps(vars(here)), file=log, flush=True)
         try:
@@ -191,30 +195,26 @@ if __name__ == "__main__":
             raise OSError(f"{path}: {error}") from None
     names, ends, thread = list(files), [*accumulate([*files.values(), 0])], ThreadPool(1)
     fetch = functools.cache(lambda n: thread.apply_async(download, (source, here.commit, names[n])))
-    shard, filled, had = np.empty(shard_size, np.uint16), 0, here.shard * shard_size
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker) as pool, \
-         tqdm(desc="read", unit="B", unit_scale=True, total=ends[-1], initial=here.bytes) as read, \
+    shard, start = np.empty(shard_size, np.uint16), time.time()
+    total = had = here.shard * shard_size
+    with tqdm(desc="read", unit="B", unit_scale=True, total=ends[-1], initial=here.bytes) as read, \
          tqdm(desc="made", unit=" tokens", unit_scale=True, initial=had) as made:
-        results = in_order(pool, read_source(fetch, names, here.file, here.batch), 4 * workers)
+        results = in_order(read_source(fetch, names, here.file, here.batch), workers)
         while here.shard < shards and (result := next(results, None)):
             (here.file, here.batch, size, texts), tokens = result
             while here.skip < len(tokens) and here.shard < shards:
-                part = tokens[here.skip:][:shard_size - filled]
-                shard[filled:filled + len(part)] = part
-                filled, here.skip = filled + len(part), here.skip + len(part)
+                part = tokens[here.skip:][:shard_size - total % shard_size]
+                shard[total % shard_size:][:len(part)] = part
+                total, here.skip = total + len(part), here.skip + len(part)
                 made.update(len(part))
-                if filled == shard_size:
+                if total % shard_size == 0:
                     finish(shard)
-                    filled = 0
-            if isinstance(size, Exception):
-                sys.exit(f"{names[here.file]}, document {here.batch * batch_size} or after: {size}")
             read.update(size)
-            here.skip, here.nulls, here.bytes = 0, here.nulls + texts.count(None), read.n
-            made.total = min(made.n * ends[-1] // max(read.n, 1), shards * shard_size)
-            if made.n * ends[here.file] < shards * shard_size * read.n:  # this file will not do
+            here.skip, here.nulls, here.bytes = 0, here.nulls + texts.count(None), here.bytes + size
+            made.total = min(total * ends[-1] // max(here.bytes, 1), shards * shard_size)
+            if total * ends[here.file] < shards * shard_size * here.bytes:  # this file will not do
                 fetch(min(here.file + 1, len(names) - 1))
         if here.shard < shards:
-            here.end = True
-            finish(shard[:filled])
-    print(f"{here.documents:,} documents, {here.nulls:,} null, {made.n:,} tokens, {here.shard} "
-          f"shards, one for val; {(made.n - had) / made.format_dict['elapsed']:,.0f} tokens/s")
+            finish(shard[:total % shard_size])
+    print(f"{here.documents:,} documents, {here.nulls:,} null, {total:,} tokens, {here.shard} "
+          f"shards, one for val; {(total - had) / (time.time() - start):,.0f} tokens/s")

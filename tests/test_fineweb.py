@@ -156,7 +156,7 @@ def test_documents_on_the_edge_of_a_shard(tmp_path, size):
     texts = ["", " a" * 10, " b" * 9]
     write_parquet(tmp_path / "source" / "a.parquet", texts)
     flags = f"--source={tmp_path / 'source'}", f"--out={tmp_path / 'out'}", f"--shard_size={size}"
-    make(*flags)
+    assert " 22 tokens" in make(*flags, env={"TQDM_DISABLE": "1"})
     assert_tokens(tmp_path / "out", reference(texts), size)
     assert make(*flags).startswith("nothing to do")
 
@@ -262,12 +262,19 @@ def test_shards_and_a_second_run(source, tokens, tmp_path):
     assert_tokens(tmp_path / "out", tokens)
 
 
-def test_a_worker_is_killed(long, tmp_path):
+@pytest.mark.parametrize("sending", [False, True])
+def test_a_worker_is_killed(long, tmp_path, sending):
+    """Also in the middle of what it sends, for which it waits while the parent is stopped."""
     source, tokens = long
     flags = f"--source={source}", f"--out={tmp_path / 'out'}", f"--shard_size={SIZE}"
     process = start(*flags, "--workers=2")
     wait_for_shards(process, tmp_path / "out", 1)
-    os.kill(workers_of(process)[0], signal.SIGKILL)
+    worker = workers_of(process)[0]
+    if sending:
+        os.kill(process.pid, signal.SIGSTOP)
+        time.sleep(1)
+    os.kill(worker, signal.SIGKILL)
+    os.kill(process.pid, signal.SIGCONT)
     result = finish(process, timeout=10)
     assert result.returncode == 1 and "--workers" in last_line(result.stderr)
     make(*flags)
