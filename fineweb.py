@@ -79,9 +79,9 @@ def read_source(fetch, names, first, batch):
             yield file, 0, 0, []  # before we wait for the hub, let all before get into shards
         try:
             path = fetch(file).get()
-            for batch, (texts, size) in islice(enumerate(read_file(path)), batch, None):
+            for n, (texts, size) in islice(enumerate(read_file(path)), batch, None):
                 "".join(text for text in texts if text is not None)  # TypeError: not all are str
-                yield file, batch, size, texts
+                yield file, (batch := n), size, texts
         except (OSError, ValueError, LookupError, TypeError) as error:
             yield file, batch, 0, []
             raise OSError(f"{names[file]}, after {batch * batch_size} documents: {error}") from None
