@@ -192,9 +192,15 @@ def workers_of(process):
     return [int(row[0]) for row in rows if row[1] == str(process.pid) and "spawn_main" in row[2]]
 
 
+def state(pid):
+    """As ps gives it: R, S, ...; Z of a zombie, which no one has waited for yet; "" of none."""
+    ps = ["ps", "-o", "stat=", "-p", str(pid)]
+    return subprocess.run(ps, capture_output=True, text=True).stdout[:1]
+
+
 def assert_gone(pids):
     deadline = time.monotonic() + 10
-    while any(os.path.exists(f"/proc/{pid}") for pid in pids):
+    while any(state(pid) not in ("", "Z") for pid in pids):
         assert time.monotonic() < deadline, "workers are left behind"
         time.sleep(0.05)
 
