@@ -132,7 +132,7 @@ if __name__ == "__main__":
     flag("--subset", default="sample/10BT", help="the dataset's folder to take (%(default)s)")
     flag("--shard_size", type=int, default=100_000_000, help="tokens in a shard (%(default)s)")
     flag("--pretokenized", nargs="?", const="kjj0/finewebedu10B-gpt2", help="take .bin shards")
-    flag("--out", default=Path(__file__).with_name("edu_fineweb10B"), help="where the shards go")
+    flag("--out", default=Path(__file__).with_name("edu_fineweb10B"), help="folder (%(default)s)")
     flag("--shards", type=int, default=sys.maxsize, help="stop when there are so many")
     flag("--workers", type=int, default=cores, help="processes that tokenize (%(default)s)")
     source, subset, shard_size, ready, out, shards, workers = vars(parser.parse_args()).values()
