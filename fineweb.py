@@ -91,7 +91,7 @@ def read_source(fetch, names, first, batch):
     yield len(names), 0, 0, []
 
 def work(pipe):
-    """A worker: texts in; out, their tokens in one uint16 array, each text's after an EOT."""
+    """A worker: texts in, a uint16 array out: the tokens of each after an EOT; a null has none."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's affair
     encode = tiktoken.get_encoding("gpt2").encode_to_numpy
     with contextlib.suppress(EOFError, OSError):  # until the parent is gone
