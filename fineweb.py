@@ -3,7 +3,7 @@ Text in, token shards for train_gpt2.py out: FineWeb-Edu from the hub, or text o
     python fineweb.py                               10B tokens: 28.5 GB to download, 20 GB of shards
     python fineweb.py --shards=2                    one for validation, one to train on
     python fineweb.py --pretokenized --shards=10    shards that others have made, in minutes
-    python fineweb.py --source=my_texts --out=my_shards
+    python fineweb.py --source=my_texts --out=my_shards --shard_size=1000000
 
 A document (a row of a .parquet or a line of a .jsonl file that has a field "text", or a .txt file)
 becomes <|endoftext|> and the tokens of its text. In the order of the files, all are cut into shards
@@ -47,7 +47,7 @@ def list_files(source, subset, suffixes, commit=None):
     return commit, files or sys.exit(f"{source}: there are no {', '.join(suffixes)} files")
 
 def download(source, commit, name, folder=None):
-    """The local path of a file. The client resumes what breaks off; where it gives up, we go on."""
+    """The local path of a file. The client takes up what breaks off; where it gives up, we do."""
     for pause in (0, 1, 5, 25):
         time.sleep(pause)
         try:
@@ -79,9 +79,9 @@ def read_source(fetch, names, first, batch):
             yield file, 0, 0, []  # before we wait for the hub, let all before get into shards
         try:
             path = fetch(file).get()
-            for n, (texts, size) in islice(enumerate(read_file(path)), batch, None):
+            for n, (texts, size) in islice(enumerate(read_file(path), 1), batch, None):
                 "".join(text for text in texts if text is not None)  # TypeError: not all are str
-                yield file, (batch := n), size, texts
+                yield file, (batch := n) - 1, size, texts
         except (OSError, ValueError, LookupError, TypeError) as error:
             yield file, batch, 0, []
             raise OSError(f"{names[file]}, after {batch * batch_size} documents: {error}") from None
@@ -105,18 +105,18 @@ def work(pipe):
 
 def tokenize(thread, batch):
     """-> (batch, its tokens), made by the worker of this thread, which the first call starts."""
-    if not hasattr(thread, "pipe"):
-        spawn = multiprocessing.get_context("spawn")
-        thread.pipe, its_end = spawn.Pipe()  # its own: ends with it, be it in half a message
-        spawn.Process(target=work, args=[its_end], daemon=True).start()
-        its_end.close()
     with contextlib.suppress(EOFError, OSError):
+        if not hasattr(thread, "pipe"):
+            spawn = multiprocessing.get_context("spawn")
+            thread.pipe, its_end = spawn.Pipe()
+            spawn.Process(target=work, args=[its_end], daemon=True).start()
+            its_end.close()  # so that once the worker is gone, recv fails, and does not wait
         thread.pipe.send(batch[3])
         return batch, thread.pipe.recv()
-    raise ChildProcessError("a worker was killed; for memory, try fewer --workers")
+    raise ChildProcessError("a worker died or did not start; for memory, try fewer --workers")
 
 def in_order(batches, workers):
-    """Yields (batch, its tokens) in order; some are in the making, none beyond an empty one."""
+    """Yields (batch, its tokens) in order, up to 4 a worker ahead; an empty one drains them all."""
     waiting, threads, thread = [], ThreadPool(workers), threading.local()
     for batch in batches:
         waiting.append(threads.apply_async(tokenize, (thread, batch)))
@@ -141,7 +141,7 @@ if __name__ == "__main__":
     suffixes = (".bin",) if ready else (".parquet", ".jsonl", ".txt")
     if os.path.exists(source):  # a folder here: none of its files may come or go on the way
         source, subset = os.path.abspath(source), f"{len(list_files(source, 0, suffixes)[1])} files"
-    made_of = [ready] if ready else [source, subset, shard_size]
+    made_of = [ready] if ready else [source, subset, shard_size, batch_size]
 
     def explain(kind, error, trace):  # one line where the reason lies outside the program
         reasons = {KeyboardInterrupt: "stopped", BlockingIOError: "another run is writing there"}
@@ -152,12 +152,12 @@ if __name__ == "__main__":
     def shard_path(n):
         return os.path.join(out, f"edufineweb_{'train' if n else 'val'}_{n:06d}.npy")
 
-    progress = os.path.join(out, "progress.jsonl")  # its last line: where the next shard begins
-    log = open(progress, encoding="utf-8") if os.path.exists(progress) else ()
+    progress, held = os.path.join(out, "progress.log"), any(Path(out).glob("*.[bn]??"))
+    log = open(progress) if held and os.path.exists(progress) else ()  # where each shard begins
     lines = [json.loads(line) for line in log if line.endswith("}\n")]  # not what a kill has torn
     places = [p for p in lines if all(os.path.exists(shard_path(n)) for n in range(p["shard"]))]
     here = argparse.Namespace(**places[-1] if places else dict(
-        made_of="unknown shards" if any(Path(out).glob("*.[bn]??")) else made_of,
+        made_of="unknown shards" if held else made_of,
         commit=None, end=False, shard=0, file=0, batch=0, skip=0, documents=0, nulls=0, bytes=0))
     if here.made_of != made_of:
         sys.exit(f"--out={out} holds {here.made_of}, not {made_of}; choose another folder")
@@ -169,7 +169,7 @@ if __name__ == "__main__":
     except Exception as error:
         sys.exit(f"no tokenizer; set TIKTOKEN_CACHE_DIR to a folder with GPT-2's: {error!r:.200}")
     os.makedirs(out, exist_ok=True)
-    log = open(progress, "a", encoding="utf-8")
+    log = open(progress, "a")
     if os.name == "posix":
         import fcntl
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -191,10 +191,10 @@ if __name__ == "__main__":
                     os.fsync(file.fileno())
                 os.replace(path + ".tmp", path)
         except OSError as error:
-            os.remove(path + ".tmp")
+            Path(path + ".tmp").unlink(missing_ok=True)
             raise OSError(f"{path}: {error}") from None
-    names, ends, thread = list(files), [*accumulate([*files.values(), 0])], ThreadPool(1)
-    fetch = functools.cache(lambda n: thread.apply_async(download, (source, here.commit, names[n])))
+    names, ends, loader = list(files), [*accumulate([*files.values(), 0])], ThreadPool(1)
+    fetch = functools.cache(lambda n: loader.apply_async(download, (source, here.commit, names[n])))
     shard, start = np.empty(shard_size, np.uint16), time.time()
     total = had = here.shard * shard_size
     with tqdm(desc="read", unit="B", unit_scale=True, total=ends[-1], initial=here.bytes) as read, \
@@ -212,7 +212,7 @@ if __name__ == "__main__":
             read.update(size)
             here.skip, here.nulls, here.bytes = 0, here.nulls + texts.count(None), here.bytes + size
             made.total = min(total * ends[-1] // max(here.bytes, 1), shards * shard_size)
-            if total * ends[here.file] < shards * shard_size * here.bytes:  # this file will not do
+            if total * ends[here.file] < shards * shard_size * here.bytes:  # more files are needed
                 fetch(min(here.file + 1, len(names) - 1))
         if here.shard < shards:
             finish(shard[:total % shard_size])

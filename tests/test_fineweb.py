@@ -181,8 +181,9 @@ def test_own_text(tmp_path):
     (folder / "notes.md").write_text("not a document")
     (folder / ".#0.txt").symlink_to("an editor's lock")
     os.mkfifo(folder / "fifo.txt")
-    make(f"--source={folder}", f"--out={tmp_path / 'out'}", "--shard_size=1000")
-    assert_tokens(tmp_path / "out", reference([*plays, *lines]), 1000)
+    for shards in ("--shards=2", "--shards=1000"):  # --out may be within the source
+        make(f"--source={folder}", f"--out={folder / 'out'}", "--shard_size=1000", shards)
+    assert_tokens(folder / "out", reference([*plays, *lines]), 1000)
 
 
 def workers_of(process):
@@ -244,7 +245,7 @@ def test_a_torn_line_of_progress(source, tokens, tmp_path):
     """A full disk may leave half a line behind."""
     flags = f"--source={source}", f"--out={tmp_path / 'out'}", f"--shard_size={SIZE}"
     make(*flags, "--shards=3")
-    with open(tmp_path / "out" / "progress.jsonl", "a") as log:
+    with open(tmp_path / "out" / "progress.log", "a") as log:
         log.write('{"made_of": ["/us')
     make(*flags, "--shards=5")
     make(*flags)
@@ -315,17 +316,25 @@ def test_full_disk(source, tokens, tmp_path):
 
 def test_never_mixed(source, tokens, tmp_path):
     out = tmp_path / "out"
+    (tmp_path / "no text").mkdir()
+    (tmp_path / "no text" / "a.jsonl").write_text("{}")
+    fail(f"--source={tmp_path / 'no text'}", f"--out={out}")  # leaves no shard to mix with
     make(f"--source={source}", f"--out={out}", f"--shard_size={SIZE}", "--shards=2")
     write_parquet(tmp_path / "other" / "000.parquet", ["other"])
     size = f"--shard_size={SIZE}"
     assert str(SIZE) in fail(f"--source={source}", f"--out={out}", f"--shard_size={SIZE + 1}")
     assert str(source) in fail(f"--source={tmp_path / 'other'}", f"--out={out}", size)
     assert str(source) in fail("--pretokenized", f"--out={out}")
+    script = tmp_path / "fineweb.py"
+    script.write_text(
+        (ROOT / "fineweb.py").read_text().replace("batch_size = 256", "batch_size = 99")
+    )
+    assert "99" in fail(f"--source={source}", f"--out={out}", size, script=script)
     # a file that has come since then would shift all that are behind it
     (source / "000-new.txt").write_text("new")
     assert "files" in fail(f"--source={source}", f"--out={out}", size)
     (source / "000-new.txt").unlink()
-    (out / "progress.jsonl").unlink()
+    (out / "progress.log").unlink()
     assert "unknown shards" in fail(f"--source={source}", f"--out={out}", size)
     assert_tokens(out, tokens[: 2 * SIZE])
 
@@ -380,6 +389,12 @@ def test_bad_sources(tmp_path, name, content):
     assert name in message or "no .parquet, .jsonl, .txt" in message
 
 
+def test_a_bad_line_is_looked_for_where_the_message_says(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' * 299 + '{"text": "b')
+    message = fail(f"--source={tmp_path}", f"--out={tmp_path / 'out'}")
+    assert "a.jsonl, after 256 documents: " in message
+
+
 def test_parquet_without_text(tmp_path):
     for name, table in {"none": {"body": ["a"]}, "numbers": {"text": [1, 2]}}.items():
         (tmp_path / name).mkdir()
@@ -426,7 +441,7 @@ def test_the_hub(hub, tokens, tmp_path, reset):
     assert_tokens(tmp_path / "out", tokens)
     assert hub.drops == {"sample/10BT/001.parquet": []}
     assert hub.fetched() == ["sample/10BT/000.parquet", "sample/10BT/001.parquet"]
-    assert COMMIT in (tmp_path / "out" / "progress.jsonl").read_text()
+    assert COMMIT in (tmp_path / "out" / "progress.log").read_text()
     hub.shutdown()  # what is complete needs no network
     assert make(*flags, env=hub.env(tmp_path / "home")).startswith("nothing to do")
 
