@@ -41,7 +41,7 @@ Example = collections.namedtuple("Example", "context endings label text")
 
 # data ------------------------------------------------------------------------
 def download():
-    """Puts the validation set into FILE, unless it is there, and nothing else. Raises OSError."""
+    """Fetches FILE, unless it is there. What is not the validation set isn't kept: OSError."""
     if os.path.exists(FILE):
         return
     try:
@@ -51,14 +51,15 @@ def download():
         raise OSError(f"{URL} can't be fetched: {error!r}") from None
     if hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() != SHA1:
         raise OSError(f"{URL} gave {len(content)} bytes that are not the validation set")
-    with open(FILE + ".tmp", "wb") as file:
+    part = f"{FILE}.{os.getpid()}.tmp"
+    with open(part, "wb") as file:
         file.write(content)
-    os.replace(FILE + ".tmp", FILE)
+    os.replace(part, FILE)
 
 def read(path, limit=None):
     """A file of JSON lines -> list of Examples. Raises ValueError with the number of a bad line."""
     encode, examples = tiktoken.get_encoding("gpt2").encode_ordinary, []
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
                 text = json.loads(line)
@@ -94,6 +95,7 @@ def load(path=FILE, limit=None, skip=False):
 # evaluation ------------------------------------------------------------------
 def pack(examples, block_size, batch_tokens):
     """Yields batches of examples, the longest first, of up to batch_tokens when padded."""
+    # one token more than the model takes, as the last one is only a target
     lengths = [min(block_size + 1, len(e.context) + max(map(len, e.endings))) for e in examples]
     batch, longest = [], 0
     for i in sorted(range(len(examples)), key=lambda i: -lengths[i]):
@@ -107,7 +109,7 @@ def pack(examples, block_size, batch_tokens):
 
 def token_losses(hidden, weight, targets):
     """States (N, C) that predict tokens (N) -> their losses (N), -log softmax(hidden weight^T). The
-    logits are made in tiles, which a processor's cache holds; all 50257 are never in memory."""
+    logits are made 4096 at a time: logsumexp of the parts' logsumexps is that of all 50257."""
     sums = [F.linear(hidden, rows).float().logsumexp(1) for rows in weight.split(4096)]
     return torch.stack(sums).logsumexp(0) - (hidden * weight[targets]).float().sum(1)
 
@@ -128,7 +130,7 @@ def score(model, batch):
                              for i, (row, n) in enumerate(zip(rows, counts, strict=True))])
     idx, places, targets = (torch.from_numpy(x).to(device) for x in (idx, places, targets))
     hidden = (model.hidden(idx) if hasattr(model, "hidden")
-              else model.transformer(idx).last_hidden_state)
+              else model.transformer(idx, use_cache=False).last_hidden_state)
     pieces = zip(hidden.flatten(0, 1)[places].split(1024), targets.split(1024), strict=True)
     losses = torch.cat([token_losses(h, weight, t) for h, t in pieces]).cpu().numpy()
     sums = np.bincount(np.repeat(np.arange(len(rows)), counts), losses)
@@ -178,24 +180,25 @@ if __name__ == "__main__":
     if args.batch_tokens < 1 or args.limit is not None and args.limit < 1:
         parser.error("--batch_tokens and --limit have to be positive")
     signal.signal(signal.SIGINT, lambda *_: sys.exit("stopped"))
-    device = args.device
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        if device == "cuda":
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
-    rank = dist.get_rank() if dist.is_initialized() else 0
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU
-
+    device, rank = args.device, int(os.environ.get("RANK", 0))
     try:
-        from transformers import GPT2LMHeadModel
-        model, info = GPT2LMHeadModel.from_pretrained(
-            args.model, activation_function="gelu_pytorch_tanh",  # GPT-2's own, in one kernel
-            output_loading_info=True)
-        if info["missing_keys"]:
-            raise ValueError(f"not a GPT-2, it lacks {sorted(info['missing_keys'])[0]}")
-        model.to(device)
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            if device == "cuda":
+                device = f"cuda:{os.environ['LOCAL_RANK']}"
+                torch.cuda.set_device(device)
+            dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
         examples = load(args.data, args.limit)
+        from transformers import GPT2Config, GPT2LMHeadModel
+        config = GPT2Config.from_pretrained(args.model)
+        if config.activation_function == "gelu_new":  # GPT-2's own; this is the same in one kernel
+            config.activation_function = "gelu_pytorch_tanh"
+        model, info = GPT2LMHeadModel.from_pretrained(
+            args.model, config=config, output_loading_info=True)
+        lacks = sorted(info["missing_keys"]) or ["tokens"] * (config.vocab_size < 50257)
+        if lacks:
+            raise ValueError(f"not a GPT-2, it lacks {lacks[0]}")
+        model.to(device, torch.float32)
     except Exception as error:  # transformers' errors have no common base
         sys.exit(f"{args.model} on {args.data}: {' '.join(str(error).split())}")
     for example in examples[:args.show] if rank == 0 else []:

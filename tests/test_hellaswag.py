@@ -125,6 +125,23 @@ def test_our_model_counts_as_the_reference(data, folder, reference):
     assert few[0] == few[1] and few[0]["total"] == 20
 
 
+def test_another_activation_in_half_precision(tmp_path, data, folder, reference):
+    """What the folder says is what is scored; in float32, whatever it was saved in."""
+    from transformers import GPT2LMHeadModel
+
+    import hellaswag
+
+    model = GPT2LMHeadModel.from_pretrained(folder, activation_function="relu").bfloat16()
+    model.save_pretrained(tmp_path)
+    found = hellaswag.evaluate(model.float(), hellaswag.read(data))
+    assert (found["correct"], found["correct_norm"]) != reference
+    sums, counts = hellaswag.score(model, hellaswag.read(data, 1))
+    *_, a, b, c, d, last = score(tmp_path, f"--data={data}", "--show=1", "--device=cpu")
+    shown = [float(line[7:].split()[0]) for line in (a, b, c, d)]
+    assert shown == pytest.approx((sums / counts)[0].tolist(), abs=2e-4)
+    assert f"acc {found['correct']}/60" in last and f"acc_norm {found['correct_norm']}/60" in last
+
+
 def test_show(data, folder):
     lines = score(folder, f"--data={data}", "--limit=4", "--show=2", "--device=cpu")
     examples = [json.loads(line) for line in data.read_text().splitlines()[:2]]
@@ -178,6 +195,7 @@ GOOD = {"ctx": "a", "endings": ["b", "c", "d", "e"], "label": 0}
         json.dumps({**GOOD, "label": "0"}),
         json.dumps({**GOOD, "endings": ["b", "", "d", "e"]}),
         json.dumps({**GOOD, "endings": ["b", 5, "d", "e"]}),
+        '{"ctx": "caf\udce9"}',
         "[]",
     ],
 )
@@ -185,7 +203,8 @@ def test_bad_lines_are_numbered(tmp_path, bad):
     import hellaswag
 
     path = tmp_path / "bad.jsonl"
-    path.write_text("\n".join([json.dumps(GOOD), json.dumps(GOOD), bad, json.dumps(GOOD)]))
+    lines = [json.dumps(GOOD), json.dumps(GOOD), bad, json.dumps(GOOD)]
+    path.write_text("\n".join(lines), encoding="utf-8", errors="surrogateescape")  # or not quite
     with pytest.raises(ValueError, match="bad.jsonl, line 3: "):
         hellaswag.read(path)
 
@@ -203,6 +222,11 @@ def test_mistakes(tmp_path, data, folder):
     size = dict(hidden_size=32, intermediate_size=32, num_attention_heads=2, num_hidden_layers=1)
     LlamaForCausalLM(LlamaConfig(vocab_size=100, **size)).save_pretrained(tmp_path / "llama")
     assert "not a GPT-2" in fail(tmp_path / "llama", f"--data={data}")
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    small = GPT2Config(vocab_size=100, n_layer=1, n_head=1, n_embd=8)
+    GPT2LMHeadModel(small).save_pretrained(tmp_path / "small")
+    assert "lacks tokens" in fail(tmp_path / "small", f"--data={data}")
 
 
 def test_losses_that_are_not_finite(tmp_path, data, folder):
