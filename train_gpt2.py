@@ -58,7 +58,7 @@ total_batch_size = 524288  # tokens in an optimizer step, over all GPUs: 2**19, 
 optimizer = "adamw"        # as in GPT-3; or muon for the matrices in the blocks (README.md)
 max_lr, min_lr = 6e-4, 6e-5  # at the end of the warmup, and at the last step
 warmup_steps = 715         # 375M tokens, as in GPT-3
-max_steps = 19073          # 10B tokens, one epoch of edu_fineweb10B; 0 only evaluates and samples
+max_steps = 19073          # 10B tokens, one epoch of edu_fineweb10B; 0 to evaluate, sample, save
 val_tokens = 10485760      # of the val split, the first ones each time
 log_every, val_every = 1, 250        # steps from one line, or evaluation, to the next;
 hella_every, sample_every = 250, 250  # an "every" of 0 means only at the end
@@ -66,7 +66,7 @@ save_every, keep = 1000, 3           # steps; checkpoints kept, the newest ones,
 prompt = "Hello, I'm a language model,"
 
 # the baby GPT, for a text file: 0.8M parameters, three minutes on two CPU cores (GPU: README.md)
-if not os.path.isdir(data):
+if not os.path.isdir(chosen.get("data", data)):
     log_dir = "log/baby"
     n_layer, n_head, n_embd = 4, 4, 128
     T, B, total_batch_size = 64, 32, 2048
@@ -271,7 +271,7 @@ class Tokens:
     follows from the seed alone (None: that of the files), so that to resume, a number is enough."""
     def __init__(self, data, split, T, vocab_size, seed=None):
         self.T, self.vocab_size, self.seed = T, vocab_size, seed
-        if os.path.isfile(data):
+        if os.path.isfile(data) and not data.endswith((".npy", ".bin")):
             text = np.memmap(data, mode="r") if os.path.getsize(data) else np.empty(0, np.uint8)
             cut = len(text) - len(text) // 10  # the last tenth is the val split
             shards = {data: text[:cut] if split == "train" else text[cut:]}
@@ -486,7 +486,7 @@ if __name__ == "__main__":
     def explain(kind, error, trace):  # one line where the reason lies outside the program
         if "out of memory" in str(error) or "can't allocate memory" in str(error):
             error = f"out of memory with --B={B}; try --B={B // 2 or 1}, or a smaller model"
-        elif "wandb" in f"{kind.__module__} {error}":
+        elif wandb_log and "wandb" in f"{kind.__module__} {error}":
             error = f"{error}; pip install wandb, wandb login, or WANDB_MODE=offline"
         elif not isinstance(error, OSError):
             return sys.__excepthook__(kind, error, trace)
@@ -533,7 +533,7 @@ if __name__ == "__main__":
     if world_size > 1:
         dist.broadcast_object_list(shared)
     theirs, checkpoint = shared
-    if other := [k for k in config if config[k] != theirs[k] and k not in ("data", "log_dir")]:
+    if other := [k for k in config if config[k] != theirs.get(k) and k not in ("data", "log_dir")]:
         sys.exit(f"rank {rank} differs from rank 0 in {', '.join(other)}; launch all nodes alike")
     torch.manual_seed(seed)
     start, pretrained, wandb_run = 0, None, None
@@ -587,9 +587,9 @@ if __name__ == "__main__":
     examples = hellaswag.load(skip=True) if n_tokens == GPTConfig.vocab_size else None
     codec = text_codec(n_tokens) if rank == 0 and n_samples else None
     report = functools.partial(log, log_file, wandb_run)
-    signals = []  # added up over the ranks in each step; if any, all save and leave; a second kills
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda n, _: (signals.append(n), signal.signal(n, signal.SIG_DFL)))
+    stops, now = [], time.monotonic  # added up over the ranks in each step; if any, all save, leave
+    for s in (signal.SIGINT, signal.SIGTERM):  # one 0.5 s later kills; Slurm and torchrun send two
+        signal.signal(s, lambda *_: stops.append(now()) or now() > stops[0] + 0.5 and os._exit(1))
     saver = ThreadPoolExecutor(1)
     saved = saver.submit(str)  # the save before: there is none yet
     last, stopped = max(start, max_steps), False
@@ -637,7 +637,7 @@ if __name__ == "__main__":
             n = step * micro_steps + micro + 1  # while the GPU is busy, fetch its next batch
             batch = train.batch((n * world_size + rank) * B, B, device)
         norm = nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf).item()
-        loss, stopped = sum_over_ranks([total.item() / world_size, len(signals)], device)
+        loss, stopped = sum_over_ranks([total.item() / world_size, len(stops)], device)
         if not math.isfinite(loss + norm):
             sys.exit(f"step {step}: loss {loss}, gradient norm {norm}: stopped; lower --max_lr")
         opt.step()

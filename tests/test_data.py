@@ -175,6 +175,7 @@ def test_folder_without_shards(folder, tmp_path_factory):
     (folder / "val_0.npy").unlink()
     line = problem(folder)
     assert "val" in line and "fineweb.py" in line
+    assert "fineweb.py" in problem(folder / "train_1.npy")  # a shard is no text
 
 
 def test_short_shards_and_unfinished_files_are_passed_over(folder):

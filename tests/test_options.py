@@ -1,6 +1,9 @@
 """--name=value on the command line, and mistakes in constants."""
 
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 from conftest import ROOT, finish, mistake, start, train
@@ -22,6 +25,17 @@ def test_help_shows_what_a_launch_would_use(tmp_path):
     result = finish(start("--help", f"--data={tmp_path}", "--max_lr=1e-3", tiny=False))
     assert "--n_layer=12" in result.stdout  # a folder: GPT-2
     assert "--max_lr=0.001" in result.stdout
+
+
+def test_the_defaults_follow_the_data_of_the_launch(tmp_path):
+    """Also where another folder was written into the script."""
+    script = (ROOT / "train_gpt2.py").read_text()
+    edited = re.sub(r"^data = .*", f"data = {str(tmp_path)!r}", script, count=1, flags=re.MULTILINE)
+    (tmp_path / "train_gpt2.py").write_text(edited)
+    flags = tmp_path / "train_gpt2.py", f"--data={ROOT}/input.txt", "--help"
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    shown = subprocess.check_output([sys.executable, *flags], env=env, text=True)
+    assert "--log_dir='log/baby'" in shown and "--n_layer=4" in shown
 
 
 def test_every_constant_can_be_overridden(tmp_path):

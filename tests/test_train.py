@@ -240,12 +240,14 @@ def test_stop_signal(text, tmp_path, number, processes):
     ],
 )
 def test_a_signal_at_other_moments(text, tmp_path, moment, flags):
-    """The step at hand, or the next one, ends and is saved."""
+    """The step at hand, or the next one, ends and is saved; also if the signal comes twice at once,
+    as it does where Slurm sends it to all processes, and torchrun then to its own."""
     process = start(f"--data={text}", f"--log_dir={tmp_path}/log", "--max_steps=5000", *flags)
     log = tmp_path / "log" / "log.jsonl"
     wait_for(lambda: log.exists() and moment in log.read_text(), process)
-    time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
+    for _ in range(2):
+        time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
     result = finish(process)
     assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
     path = sorted((tmp_path / "log").glob("ckpt_*.pt"))[-1]
