@@ -557,6 +557,7 @@ if __name__ == "__main__":
             sys.exit(f"--T={T} with {n_tokens} tokens: --init_from={init_from} has a context of "
                      f"{gpt_config.block_size} and {pretrained.n_tokens} tokens")
     head = {"constants": constants, "torch": torch.__version__, "numpy": np.__version__, "gpu": gpu}
+    sum_over_ranks([0], device)  # all are here: none reads log_dir now, none has found a mistake
     writes = rank == 0 and start <= max_steps  # a run past its last step is only looked at
     log_file = open_log(log_dir, checkpoint and start, head) if writes else open(os.devnull, "w")
     if wandb_log and writes:
@@ -590,8 +591,7 @@ if __name__ == "__main__":
     stops, now = [], time.monotonic  # added up over the ranks in each step; if any, all save, leave
     for s in (signal.SIGINT, signal.SIGTERM):  # one 0.5 s later kills; Slurm and torchrun send two
         signal.signal(s, lambda *_: stops.append(now()) or now() > stops[0] + 0.5 and os._exit(1))
-    saver = ThreadPoolExecutor(1)
-    saved = saver.submit(str)  # the save before: there is none yet
+    saved = (saver := ThreadPoolExecutor(1)).submit(str)  # the save before: there is none yet
     last, stopped = max(start, max_steps), False
     batch = train.batch((start * micro_steps * world_size + rank) * B, B, device)
     for step in range(start, last + 1):

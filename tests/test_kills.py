@@ -122,6 +122,9 @@ def test_two_nodes(text, tmp_path, straight, processes):
 
 
 def test_nodes_that_were_launched_in_different_ways(text, tmp_path):
+    """They end, before an earlier run is moved aside."""
+    (tmp_path / "log").mkdir()
+    (tmp_path / "log" / "log.jsonl").write_text("{}\n")
     address = ["--nnodes=2", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
     nodes = [
         start(
@@ -136,6 +139,7 @@ def test_nodes_that_were_launched_in_different_ways(text, tmp_path):
     results = [finish(node, 60) for node in nodes]
     assert [result.returncode for result in results] == [1, 1]
     assert "rank 1 differs from rank 0 in seed" in results[1].stderr
+    assert list(tmp_path.iterdir()) == [tmp_path / "log"]
 
 
 def test_resume_on_other_numbers_of_processes(text, tmp_path, straight):
