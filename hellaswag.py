@@ -51,10 +51,9 @@ def download():
         raise OSError(f"{URL} can't be fetched: {error!r}") from None
     if hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() != SHA1:
         raise OSError(f"{URL} gave {len(content)} bytes that are not the validation set")
-    part = f"{FILE}.{os.getpid()}.tmp"
-    with open(part, "wb") as file:
+    with open(FILE + ".tmp", "wb") as file:
         file.write(content)
-    os.replace(part, FILE)
+    os.replace(FILE + ".tmp", FILE)
 
 def read(path, limit=None):
     """A file of JSON lines -> list of Examples. Raises ValueError with the number of a bad line."""
@@ -201,12 +200,11 @@ if __name__ == "__main__":
         model.to(device, torch.float32)
     except Exception as error:  # transformers' errors have no common base
         sys.exit(f"{args.model} on {args.data}: {' '.join(str(error).split())}")
-    for example in examples[:args.show] if rank == 0 else []:
-        sums, counts = score(model.eval(), [example])
-        print(f"\n{example.text['ctx']}")
+    for e in examples[:args.show] if rank == 0 else []:
+        sums, counts = score(model.eval(), [e])
+        print(f"\n{e.text['ctx']}")
         for i, loss in enumerate((sums / counts)[0]):
-            mark = "right" if i == example.label else ""
-            print(f"{mark:>6} {loss:.4f}  {example.text['endings'][i]}")
+            print(f"{'right' if i == e.label else '':>6} {loss:.4f}  {e.text['endings'][i]}")
     result = evaluate(model, examples, args.batch_tokens, progress=rank == 0)
     n = result["total"]
     if rank == 0:
@@ -218,3 +216,5 @@ if __name__ == "__main__":
     if dist.is_initialized():
         dist.barrier()  # leave together: a process that is left behind may abort
         dist.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(0)  # Python's own end aborts where a thread of gloo's is still freeing a tensor
