@@ -133,9 +133,10 @@ def test_another_activation_in_half_precision(tmp_path, data, folder, reference)
 
     model = GPT2LMHeadModel.from_pretrained(folder, activation_function="relu").bfloat16()
     model.save_pretrained(tmp_path)
-    found = hellaswag.evaluate(model.float(), hellaswag.read(data))
+    examples = hellaswag.read(data)
+    found = hellaswag.evaluate(model.float(), examples)
     assert (found["correct"], found["correct_norm"]) != reference
-    sums, counts = hellaswag.score(model, hellaswag.read(data, 1))
+    sums, counts = hellaswag.score(model, examples[:1])
     *_, a, b, c, d, last = score(tmp_path, f"--data={data}", "--show=1", "--device=cpu")
     shown = [float(line[7:].split()[0]) for line in (a, b, c, d)]
     assert shown == pytest.approx((sums / counts)[0].tolist(), abs=2e-4)
@@ -217,13 +218,11 @@ def test_mistakes(tmp_path, data, folder):
     assert "--limits=3" in fail("no/such", "--limits=3")
     assert "--limit" in fail("no/such", "--limit=-2")
     assert "no/such" in fail("no/such", f"--data={data}")
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
     size = dict(hidden_size=32, intermediate_size=32, num_attention_heads=2, num_hidden_layers=1)
     LlamaForCausalLM(LlamaConfig(vocab_size=100, **size)).save_pretrained(tmp_path / "llama")
     assert "not a GPT-2" in fail(tmp_path / "llama", f"--data={data}")
-    from transformers import GPT2Config, GPT2LMHeadModel
-
     small = GPT2Config(vocab_size=100, n_layer=1, n_head=1, n_embd=8)
     GPT2LMHeadModel(small).save_pretrained(tmp_path / "small")
     assert "lacks tokens" in fail(tmp_path / "small", f"--data={data}")
