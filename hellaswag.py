@@ -1,220 +1,221 @@
 """
 HellaSwag (Zellers et al. 2019, arxiv.org/abs/1905.07830): which of four endings continues a text?
 
-    python hellaswag.py gpt2                      # or gpt2-medium, gpt2-large, gpt2-xl
-    python hellaswag.py log/gpt2/hf --show=3      # a folder that save_pretrained has written
-    torchrun --standalone --nproc_per_node=8 hellaswag.py gpt2-xl
+    python hellaswag.py gpt2                    # or gpt2-medium, gpt2-large, gpt2-xl
+    python hellaswag.py log/gpt2/hf --show=3    # a folder that save_pretrained has written
 
-A language model does not choose, but finds an ending more or less likely: after the context, the
-tokens of " " and the ending. acc takes the likeliest ending, acc_norm the one with the likeliest
-tokens on average, which does not favour short ones. Chance is 0.25. Published figures are
-                gpt2     medium   large    xl       GPT-3 (124M)
-    acc         0.2859                     0.3842                 build-nanogpt, llm.c
-    acc_norm    0.2955   0.3752   0.4320   0.4893   0.337         the same, and the GPT-3 paper
-Harnesses that word the examples and normalize the losses in other ways get higher ones.
+A language model is not asked to choose. It says how likely an ending is after the context: the
+losses of its tokens add up to -log p(ending | context). acc is how often the right ending has the
+lowest sum. Long endings have large sums, so acc_norm takes the mean instead. Published, with a
+standard error of 0.005 (harnesses that word the examples in other ways report higher figures):
+
+                gpt2     medium   large    xl       GPT-3 (124M)   guessing
+    acc         0.2859                     0.3842                  0.25    build-nanogpt
+    acc_norm    0.2955   0.3752   0.4320   0.4893   0.337          0.25    llm.c, GPT-3's
 """
 import argparse
-import collections
-import contextlib
 import hashlib
-import http.client
 import json
-import os
-import signal
 import sys
-import urllib.request
+from collections import namedtuple
+from pathlib import Path
 
-import numpy as np
+import requests
 import tiktoken
 import torch
 import torch.distributed as dist
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-# the authors' validation set, and its SHA-1 as git counts it
+# the authors' validation set, its SHA-1 as git computes it, and where it is kept
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
-SHA1, N_EXAMPLES = "0f5ee25d72216f12317d5d8a7b92deafa423d81e", 10042
-FILE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "hellaswag_val.jsonl")
+SHA1 = "0f5ee25d72216f12317d5d8a7b92deafa423d81e"
+N_EXAMPLES = 10042
+FILE = Path(__file__).resolve().with_name("hellaswag_val.jsonl")
 
-# context and endings as lists of tokens, the number of the right ending, the line it was read from
-Example = collections.namedtuple("Example", "context endings label text")
+# four rows of tokens (the context, then an ending), the context's length, and which row is right
+Example = namedtuple("Example", "rows n_context label")
 
-# data ------------------------------------------------------------------------
+# examples --------------------------------------------------------------------
 def download():
-    """Fetches FILE, unless it is there. What is not the validation set isn't kept: OSError."""
-    if os.path.exists(FILE):
-        return
-    try:
-        with urllib.request.urlopen(URL, timeout=60) as response:
-            content = response.read()
-    except (OSError, http.client.HTTPException) as error:
-        raise OSError(f"{URL} can't be fetched: {error!r}") from None
+    """Fetches the validation set to FILE, whole or not at all. Raises OSError."""
+    response = requests.get(URL, timeout=60)
+    response.raise_for_status()
+    content = response.content
+    # an error page may come with the status of a success
     if hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() != SHA1:
         raise OSError(f"{URL} gave {len(content)} bytes that are not the validation set")
-    with open(FILE + ".tmp", "wb") as file:
-        file.write(content)
-    os.replace(FILE + ".tmp", FILE)
+    incomplete = FILE.with_suffix(".tmp")
+    incomplete.write_bytes(content)
+    incomplete.replace(FILE)
 
-def read(path, limit=None):
-    """A file of JSON lines -> list of Examples. Raises ValueError with the number of a bad line."""
-    encode, examples = tiktoken.get_encoding("gpt2").encode_ordinary, []
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                text = json.loads(line)
-                if len(text["endings"]) != 4 or text["label"] not in (0, 1, 2, 3):
-                    raise ValueError("four endings and a label from 0 to 3 are needed")
-                if not all(part.strip() for part in [text["ctx"], *text["endings"]]):
-                    raise ValueError("the context or an ending is empty")
-                endings = [encode(" " + ending) for ending in text["endings"]]
-                examples.append(Example(encode(text["ctx"]), endings, text["label"], text))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"{path}, line {number}: {error!r}") from None
-    if not examples or path == FILE and len(examples) != N_EXAMPLES:
+def read(path):
+    """A file of JSON lines -> list of Examples. A bad line raises ValueError with its number."""
+    encode = tiktoken.get_encoding("gpt2").encode_ordinary
+    examples = []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            fields = json.loads(line)
+            texts = [fields["ctx"], *fields["endings"]]
+            complete = len(texts) == 5 and all(text.strip() for text in texts)
+            if not complete or fields["label"] not in (0, 1, 2, 3):
+                raise ValueError("needs a context and four endings, none empty, and a label")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}, line {number}: {error!r}") from None
+
+        # in GPT-2's vocabulary a word begins with the space before it
+        context = encode(texts[0])
+        rows = [context + encode(" " + ending) for ending in texts[1:]]
+        examples.append(Example(rows, len(context), fields["label"]))
+
+    partial = path == FILE and len(examples) != N_EXAMPLES
+    if partial or not examples:
         raise ValueError(f"{path}: {len(examples)} examples, not {N_EXAMPLES}; remove it")
-    return examples[:limit]
+    return examples
 
-def load(path=FILE, limit=None, skip=False):
-    """All processes get the examples that rank 0 reads, of a file that it fetches if need be.
-    With skip=True an error leads to a message and no examples."""
-    examples = [None]
+def load_examples(path=FILE):
+    """-> list of Examples, the same on all ranks. Raises ValueError on all ranks, with one line."""
+    shared = [None]
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
-            if path == FILE:
+            if path == FILE and not FILE.exists():
                 download()
-            examples = [read(path, limit)]
+            shared = [read(path)]
         except (OSError, ValueError) as error:
-            if not skip:
-                raise
-            print(f"no HellaSwag: {error}")
+            shared = [ValueError(" ".join(str(error).split()))]
+
+    # rank 0 sends what it has, examples or error, as other nodes may not see its disk
     if dist.is_initialized():
-        dist.broadcast_object_list(examples)
-    return examples[0]
+        dist.broadcast_object_list(shared)
+    if isinstance(shared[0], ValueError):
+        raise shared[0]
+    return shared[0]
+
+def load_or_skip():
+    """The examples for a training run, or None and a message: it goes on without HellaSwag."""
+    try:
+        return load_examples()
+    except (OSError, ValueError) as error:
+        print(f"no HellaSwag: {error}")
 
 # evaluation ------------------------------------------------------------------
-def pack(examples, block_size, batch_tokens):
-    """Yields batches of examples, the longest first, of up to batch_tokens when padded."""
-    # one token more than the model takes, as the last one is only a target
-    lengths = [min(block_size + 1, len(e.context) + max(map(len, e.endings))) for e in examples]
-    batch, longest = [], 0
-    for i in sorted(range(len(examples)), key=lambda i: -lengths[i]):
-        longest = longest or lengths[i]
-        if batch and (len(batch) + 1) * 4 * longest > batch_tokens:
-            yield batch
-            batch, longest = [], lengths[i]
-        batch.append(examples[i])
-    if batch:
-        yield batch
+def width(example):
+    """Tokens in the longest of its rows."""
+    return max(len(row) for row in example.rows)
 
-def token_losses(hidden, weight, targets):
-    """States (N, C) that predict tokens (N) -> their losses (N), -log softmax(hidden weight^T). The
-    logits are made 4096 at a time: logsumexp of the parts' logsumexps is that of all 50257."""
-    sums = [F.linear(hidden, rows).float().logsumexp(1) for rows in weight.split(4096)]
-    return torch.stack(sums).logsumexp(0) - (hidden * weight[targets]).float().sum(1)
+def batches(examples, batch_tokens):
+    """Yields lists of examples of at most batch_tokens when padded, or of one example."""
+    # rows of about one length need little padding; where memory runs out, it does so at once
+    examples = sorted(examples, key=width, reverse=True)
+    i = 0
+    while i < len(examples):
+        n = max(1, batch_tokens // (4 * width(examples[i])))
+        yield examples[i:i + n]
+        i += n
 
 @torch.no_grad()
-def score(model, batch):
-    """Loss of each ending, summed over its tokens, and their number: two arrays (len(batch), 4)."""
-    block_size, device = model.transformer.wpe.num_embeddings, model.lm_head.weight.device
-    weight = model.lm_head.weight[:getattr(model, "n_tokens", None)]  # ours may be padded
-    rows = [(e.context + ending)[-block_size - 1:] for e in batch for ending in e.endings]
-    counts = [min(len(ending), block_size) for e in batch for ending in e.endings]
-    width = max(map(len, rows)) - 1
-    idx = np.zeros((len(rows), width), np.int64)
-    for i, row in enumerate(rows):
-        idx[i, :len(row) - 1] = row[:-1]
-    # the tokens of an ending, and where in the batch each is predicted: one place before its own
-    targets = np.concatenate([row[-n:] for row, n in zip(rows, counts, strict=True)])
-    places = np.concatenate([i * width + np.arange(len(row) - 1 - n, len(row) - 1)
-                             for i, (row, n) in enumerate(zip(rows, counts, strict=True))])
-    idx, places, targets = (torch.from_numpy(x).to(device) for x in (idx, places, targets))
-    hidden = (model.hidden(idx) if hasattr(model, "hidden")
-              else model.transformer(idx, use_cache=False).last_hidden_state)
-    pieces = zip(hidden.flatten(0, 1)[places].split(1024), targets.split(1024), strict=True)
-    losses = torch.cat([token_losses(h, weight, t) for h, t in pieces]).cpu().numpy()
-    sums = np.bincount(np.repeat(np.arange(len(rows)), counts), losses)
-    return sums.reshape(-1, 4), np.reshape(counts, (-1, 4))
+def ending_losses(model, batch):
+    """n examples -> the losses of their endings (n, 4): summed over the tokens, and averaged."""
+    # one token more than the model's context, as the last one is only a target
+    limit = model.transformer.wpe.num_embeddings + 1
+    rows = []
+    masks = []
+    for example in batch:
+        for row in example.rows:
+            is_ending = torch.arange(len(row)) >= example.n_context
+            # a row that is too long loses its left end
+            rows.append(torch.tensor(row)[-limit:])
+            masks.append(is_ending[-limit:])
 
-def evaluate(model, examples, batch_tokens=16384, autocast=None, progress=False):
-    """Scores examples with our GPT or transformers' GPT2LMHeadModel, split over the ranks.
-    -> {"acc", "acc_norm": fractions right, "correct", "correct_norm", "total": numbers of examples,
-    "cut": number of rows that are longer than the model's context and lost their left end}."""
+    # pad on the right: (4n, longest); each position predicts the next one's token
+    device = model.lm_head.weight.device
+    tokens = pad_sequence(rows, batch_first=True).to(device)
+    mask = pad_sequence(masks, batch_first=True)[:, 1:].to(device)
+    if hasattr(model, "hidden"):
+        hidden = model.hidden(tokens[:, :-1])
+    else:
+        hidden = model.transformer(tokens[:, :-1], use_cache=False).last_hidden_state
+
+    # logits for the endings alone, a third of the memory; without the padding of our vocabulary
+    logits = model.lm_head(hidden[mask])[:, :getattr(model, "n_tokens", None)]
+    losses = torch.zeros(mask.shape, device=device)
+    losses[mask] = F.cross_entropy(logits.float(), tokens[:, 1:][mask], reduction="none")
+    sums = losses.sum(1).view(-1, 4)
+    return sums, sums / mask.sum(1).view(-1, 4)
+
+def evaluate(model, examples, batch_tokens=16384, progress=False):
+    """Scores our GPT or transformers' GPT2LMHeadModel; the ranks share the examples.
+    -> {"acc", "acc_norm": fractions right, "correct", "correct_norm", "total": examples,
+    "cut": rows longer than the model's context}. Exits on all ranks if a loss is not finite."""
     if dist.is_initialized():
         examples = examples[dist.get_rank()::dist.get_world_size()]
-    block_size, was_training = model.transformer.wpe.num_embeddings, model.training
-    totals = np.zeros(5, np.int64)  # right by acc, by acc_norm; examples; rows cut; batches failed
+    limit = model.transformer.wpe.num_embeddings + 1
+    cut = sum(len(row) > limit for example in examples for row in example.rows)
+
+    was_training = model.training
     model.eval()
-    with tqdm(total=len(examples), disable=not progress) as bar:
-        for batch in pack(examples, block_size, batch_tokens):
-            with autocast or contextlib.nullcontext():
-                sums, counts = score(model, batch)
-            labels = np.array([e.label for e in batch])
-            right = [np.sum(losses.argmin(1) == labels) for losses in (sums, sums / counts)]
-            cut = sum(len(e.context + x) > block_size + 1 for e in batch for x in e.endings)
-            totals += [*right, len(batch), cut, not np.isfinite(sums).all()]
-            bar.update(len(batch))
-            bar.set_postfix_str("acc {:.4f}, acc_norm {:.4f}".format(*totals[:2] / totals[2]))
+    correct = correct_norm = not_finite = 0
+    for batch in tqdm(list(batches(examples, batch_tokens)), disable=not progress):
+        sums, means = ending_losses(model, batch)
+        labels = torch.tensor([example.label for example in batch], device=sums.device)
+        correct += (sums.argmin(1) == labels).sum().item()
+        correct_norm += (means.argmin(1) == labels).sum().item()
+        not_finite += (~sums.isfinite()).sum().item()
     model.train(was_training)
-    totals = torch.from_numpy(totals).to(model.lm_head.weight.device)
+
+    counts = [correct, correct_norm, len(examples), cut, not_finite]
+    counts = torch.tensor(counts, device=model.lm_head.weight.device)
     if dist.is_initialized():
-        dist.all_reduce(totals)
-    correct, correct_norm, total, cut, failed = totals.tolist()
-    if failed:
-        sys.exit("HellaSwag: the model's losses are not finite")
+        dist.all_reduce(counts)
+    correct, correct_norm, total, cut, not_finite = counts.tolist()
+    if not_finite:
+        sys.exit(f"HellaSwag: {not_finite} of {4 * total} losses are not finite")
     return {"acc": correct / total, "acc_norm": correct_norm / total, "correct": correct,
             "correct_norm": correct_norm, "total": total, "cut": cut}
 
 # the command -----------------------------------------------------------------
 if __name__ == "__main__":
-    gpu = torch.accelerator.current_accelerator(check_available=True)
     parser = argparse.ArgumentParser(usage=__doc__)
-    parser.error = lambda message: sys.exit(f"{message}; --help lists what there is")
+    parser.error = sys.exit
+    gpu = torch.accelerator.current_accelerator(check_available=True)
     parser.add_argument("model", help="gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder")
-    parser.add_argument("--data", default=FILE, help="a file of other examples in the same format")
-    parser.add_argument("--device", default=gpu.type if gpu else "cpu")
+    parser.add_argument("--data", type=Path, default=FILE, help="other examples in the same format")
+    parser.add_argument("--device", default=str(gpu or "cpu"))
     parser.add_argument("--batch_tokens", type=int, default=16384, help="less takes less memory")
-    parser.add_argument("--limit", type=int, help="only the first so many examples")
-    parser.add_argument("--show", type=int, default=0, help="print so many, with the losses")
+    parser.add_argument("--limit", type=int, default=sys.maxsize, help="only the first so many")
+    parser.add_argument("--show", type=int, default=0, help="print so many, with their losses")
     args = parser.parse_args()
-    if args.batch_tokens < 1 or args.limit is not None and args.limit < 1:
-        parser.error("--batch_tokens and --limit have to be positive")
-    signal.signal(signal.SIGINT, lambda *_: sys.exit("stopped"))
-    torch.set_float32_matmul_precision("high")  # TF32 on a GPU
-    device, rank = args.device, int(os.environ.get("RANK", 0))
+    if args.limit < 1:
+        sys.exit("--limit has to be positive")
+
+    from transformers import GPT2LMHeadModel
     try:
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            if device == "cuda":
-                device = f"cuda:{os.environ['LOCAL_RANK']}"
-                torch.cuda.set_device(device)
-            dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
-        examples = load(args.data, args.limit)
-        from transformers import GPT2Config, GPT2LMHeadModel
-        config = GPT2Config.from_pretrained(args.model)
-        if config.activation_function == "gelu_new":  # GPT-2's own; this is the same in one kernel
-            config.activation_function = "gelu_pytorch_tanh"
-        model, info = GPT2LMHeadModel.from_pretrained(
-            args.model, config=config, output_loading_info=True)
-        lacks = sorted(info["missing_keys"]) or ["tokens"] * (config.vocab_size < 50257)
-        if lacks:
-            raise ValueError(f"not a GPT-2, it lacks {lacks[0]}")
-        model.to(device, torch.float32)
-    except Exception as error:  # transformers' errors have no common base
-        sys.exit(f"{args.model} on {args.data}: {' '.join(str(error).split())}")
-    for e in examples[:args.show] if rank == 0 else []:
-        sums, counts = score(model.eval(), [e])
-        print(f"\n{e.text['ctx']}")
-        for i, loss in enumerate((sums / counts)[0]):
-            print(f"{'right' if i == e.label else '':>6} {loss:.4f}  {e.text['endings'][i]}")
-    result = evaluate(model, examples, args.batch_tokens, progress=rank == 0)
-    n = result["total"]
-    if rank == 0:
-        if result["cut"]:
-            print(f"{result['cut']} of {4 * n} rows lost their left end: too long for the model")
-        errors = {key: (result[key] * (1 - result[key]) / n) ** 0.5 for key in ("acc", "acc_norm")}
-        print(f"acc {result['correct']}/{n}={result['acc']:.4f} +- {errors['acc']:.4f}, acc_norm "
-              f"{result['correct_norm']}/{n}={result['acc_norm']:.4f} +- {errors['acc_norm']:.4f}")
-    if dist.is_initialized():
-        dist.barrier()  # leave together: a process that is left behind may abort
-        dist.destroy_process_group()
-        sys.stdout.flush()
-        os._exit(0)  # Python's own end aborts where a thread of gloo's is still freeing a tensor
+        examples = load_examples(args.data)[:args.limit]
+        model, info = GPT2LMHeadModel.from_pretrained(args.model, output_loading_info=True)
+        model.to(args.device, torch.float32)
+    # the last two are what a device that is not there leads to
+    except (OSError, ValueError, RuntimeError, AssertionError) as error:
+        sys.exit(" ".join(str(error).split()))
+    # transformers has filled what is missing with random numbers
+    if info["missing_keys"] or model.config.vocab_size < 50257:
+        sys.exit(f"{args.model} is not a GPT-2: it lacks weights or tokens")
+    # the same function in one kernel instead of eight
+    if model.config.activation_function == "gelu_new":
+        for block in model.transformer.h:
+            block.mlp.act = torch.nn.GELU(approximate="tanh")
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU
+
+    decode = tiktoken.get_encoding("gpt2").decode
+    for rows, n_context, label in examples[:args.show]:
+        _, means = ending_losses(model, [Example(rows, n_context, label)])
+        print(f"\n{decode(rows[0][:n_context])}")
+        for i, row in enumerate(rows):
+            mark = "right" if i == label else ""
+            print(f"{mark:>6} {means[0, i]:.4f} {decode(row[n_context:])}")
+
+    result = evaluate(model, examples, args.batch_tokens, progress=True)
+    if result["cut"]:
+        print(f"{result['cut']} rows are too long for the model and lost their left end")
+    for name, right in [("acc", "correct"), ("acc_norm", "correct_norm")]:
+        print(f"{name} {result[right]}/{result['total']}={result[name]:.4f}")

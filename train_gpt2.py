@@ -1,23 +1,20 @@
 """
-GPT-2, trained from scratch: constants, model, data, optimizer, evaluation, checkpoints, the run.
+Trains GPT-2 from scratch: constants, model, data, optimizers, evaluation, checkpoints, run.
 
-A laptop trains a small GPT on the bytes of input.txt (Shakespeare) in three minutes, a GPU trains
-GPT-2 (124M) as soon as fineweb.py has put token shards into edu_fineweb10B/:
+On a laptop this trains a small GPT on the bytes of input.txt (Shakespeare) in three minutes.
+With shards of tokens in edu_fineweb10B/, which fineweb.py makes, it trains GPT-2 (124M):
     python train_gpt2.py
-Eight GPUs, and two nodes of eight (this line on each, with its own --node_rank):
+On eight GPUs, and on two nodes of eight (the second with --node_rank=1):
     torchrun --standalone --nproc_per_node=8 train_gpt2.py
     torchrun --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --nproc_per_node=8 train_gpt2.py
 
-Change any constant below, here or for one launch: --B=16 --max_lr=1e-3. --help lists them all.
-The results go to log_dir: log.jsonl, checkpoints and, for GPT-2, hf/, which transformers reads.
-Ctrl-C saves and leaves; --init_from=resume goes on from there, on any number of GPUs.
+Each constant can be set for one launch: --B=16 --max_lr=1e-3. --help lists them all.
+The results go to log_dir: log.jsonl, checkpoints and hf/, a folder that transformers reads.
+Ctrl-C saves and exits; --init_from=resume continues, on any number of GPUs.
 """
-import dataclasses
-import datetime
 import difflib
 import functools
 import glob
-import hashlib
 import json
 import math
 import os
@@ -26,131 +23,137 @@ import signal
 import sys
 import time
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
+import zlib
+from dataclasses import dataclass
+from datetime import timedelta
+
+# for torch when it is imported: GPU memory in segments that grow, large pages on a CPU
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import numpy as np
+import tiktoken
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel as DDP
-from torch.utils._pytree import tree_map_only
 
 import hellaswag
 
 # constants -------------------------------------------------------------------
-argv = sys.argv[1:] if __name__ == "__main__" else []  # imported, the constants stay as they are
-chosen = dict(arg.removeprefix("--").split("=", 1) for arg in argv if "=" in arg)  # name -> value
+# a folder of token shards (fineweb.py makes them), or a text file
+data = "edu_fineweb10B" if os.path.isdir("edu_fineweb10B") else "input.txt"
+encoding = "gpt2"          # of a text file: gpt2 or bytes; shards hold GPT-2's tokens
+log_dir = "log/gpt2"       # where the run goes; an older run there is moved aside
+init_from = "scratch"      # or resume, or somebody's weights: gpt2 ... gpt2-xl, or a folder
+seed = 1337                # for the first weights, the order of the data, dropout, samples
 
-# a folder of token shards, or one text file, read as bytes; some defaults below depend on which
-_here = os.path.dirname(os.path.abspath(__file__))
-_shards = os.path.join(_here, "edu_fineweb10B")
-data = chosen.get("data", _shards if os.path.isdir(_shards) else os.path.join(_here, "input.txt"))
-_gpu = getattr(torch.accelerator.current_accelerator(check_available=True), "type", "")
-device = chosen.get("device", _gpu or "cpu")  # cuda, mps (Apple's GPUs) or cpu
+# model: GPT-2 (124M). Medium is 24, 16, 1024; large 36, 20, 1280; xl 48, 25, 1600
+n_layer = 12
+n_head = 12
+n_embd = 768
+dropout = 0.0              # helps only where the same data is seen many times
 
-# GPT-2 (124M), for token shards: the paper's model, and GPT-3's recipe for a model of this size
-log_dir = "log/gpt2"       # where the run goes; an earlier one there is moved aside
-n_layer, n_head, n_embd = 12, 12, 768  # medium 24, 16, 1024; large 36, 20, 1280; xl 48, 25, 1600
-T = 1024                   # tokens of context
-B = 64                     # sequences in a forward, as many as fit: 64 in 80 GB, 16 in 24 GB
 total_batch_size = 524288  # tokens in an optimizer step, over all GPUs: 2**19, about 0.5M
-optimizer = "adamw"        # as in GPT-3; or muon for the matrices in the blocks (README.md)
-max_lr, min_lr = 6e-4, 6e-5  # at the end of the warmup, and at the last step
-warmup_steps = 715         # 375M tokens, as in GPT-3
-max_steps = 19073          # 10B tokens, one epoch of edu_fineweb10B; 0 to evaluate, sample, save
-val_tokens = 10485760      # of the val split, the first ones each time
-log_every, val_every = 1, 250        # steps from one line, or evaluation, to the next;
-hella_every, sample_every = 250, 250  # an "every" of 0 means only at the end
-save_every, keep = 1000, 3           # steps; checkpoints kept, the newest ones, 0 for all
-prompt = "Hello, I'm a language model,"
+B = 64                     # sequences in a forward pass: 64 fit in 80 GB, 16 in 24 GB
+T = 1024                   # tokens in a sequence
 
-# the baby GPT, for a text file: 0.8M parameters, three minutes on two CPU cores (GPU: README.md)
-if not os.path.isdir(chosen.get("data", data)):
-    log_dir = "log/baby"
-    n_layer, n_head, n_embd = 4, 4, 128
-    T, B, total_batch_size = 64, 32, 2048
-    optimizer = "muon"     # val loss 1.43 after 900 steps; adamw, at --max_lr=4e-3, 1.65
-    max_lr, min_lr, warmup_steps, max_steps = 8e-3, 5e-4, 50, 900
-    val_tokens = 1048576
-    log_every, val_every, sample_every, save_every = 20, 300, 300, 300
-    prompt = "\n"
+# optimizer: GPT-3's recipe for a model of this size
+optimizer = "adamw"        # or muon, for the matrices in the blocks
+max_lr = 6e-4              # at the end of the warmup
+min_lr = 6e-5              # at the last step
+warmup_steps = 715         # 375M tokens
+max_steps = 19073          # 10B tokens, one epoch; with 0 it evaluates, samples and exits
+weight_decay = 0.1         # of matrices and embeddings, not of biases and LayerNorms
+grad_clip = 1.0            # longer gradients are scaled down to this norm; 0 for never
 
-# for both
-init_from = "scratch"      # or resume, or weights: gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder
-seed = 1337                # of the initialization, the order of the data, dropout and samples
-dropout = 0.0              # 0.1 in GPT-1; it helps where the same data is seen many times
-weight_decay = 0.1         # on matrices and embeddings; biases and LayerNorms have none
-beta1, beta2 = 0.9, 0.95   # AdamW averages gradients over 10 steps, their squares over 20, as GPT-3
-momentum = 0.95            # Muon averages gradients over 20 steps
-grad_clip = 1.0            # a longer gradient is scaled down to this norm; 0 for never
-n_samples, sample_tokens = 2, 256  # texts at each sampling, tokens in each after the prompt
-temperature, top_k = 0.8, 50  # below 1 favours likely tokens; only the k likeliest, 0 for all
-compile = device == "cuda"   # fuses kernels: a minute at the start, then about twice the speed
-# products and residual stream in bfloat16, half the bytes; weights in float32. T4: --dtype=float32
-dtype = "bfloat16" if device == "cuda" or torch.cpu._is_avx512_bf16_supported() else "float32"
-timeout = 600              # seconds that a process waits for the others before it gives up
-wandb_log, wandb_project = False, "gpt2"
+# once in a while: steps from one time to the next; 0 for never
+log_every = 1
+val_every = 250
+val_steps = 20             # evaluate on 20 * total_batch_size tokens, always the same ones
+hella_every = 500          # HellaSwag
+sample_every = 500
+save_every = 1000
+keep = 3                   # the newest checkpoints, besides one in 5000 steps; 0 keeps all
 
+prompt = "Hello, I'm a language model,"  # or @FILE
+n_samples = 2
+sample_tokens = 128        # tokens after the prompt
+temperature = 0.8          # below 1, likely tokens become likelier
+top_k = 50                 # only the 50 likeliest tokens; 0 for all
+
+device = "cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu"
+dtype = "auto"             # bfloat16, float16 or float32; auto: the fastest native one
+compile = torch.cuda.is_available() and os.name == "posix"  # there is no Triton for Windows
+timeout = 600              # seconds to wait for another process before giving up
+wandb_log = False
+wandb_project = "gpt2"
+
+# a text file replaces these: a small GPT that reads bytes, three minutes on two CPU cores
+small_gpt = dict(
+    encoding="bytes", log_dir="log/baby", n_layer=4, n_head=4, n_embd=128, T=64, B=32,
+    total_batch_size=2048, optimizer="muon", max_lr=8e-3, min_lr=5e-4, warmup_steps=50,
+    max_steps=900, log_every=20, val_every=300, val_steps=100, sample_every=300, save_every=300,
+    prompt="\n", sample_tokens=256)
+# a text file and somebody's GPT-2 replace these: a short fine-tuning
+fine_tuning = dict(
+    log_dir="log/finetuned", dropout=0.1, total_batch_size=16384, B=4, max_lr=3e-5, min_lr=3e-6,
+    warmup_steps=10, max_steps=100, val_every=25, hella_every=0, sample_every=50, save_every=50)
+CHOICES = {"optimizer": ("adamw", "muon"), "encoding": ("gpt2", "bytes"),
+           "dtype": ("auto", "bfloat16", "float16", "float32"), "device": ("cuda", "mps", "cpu")}
 constants = {k: v for k, v in globals().items() if k[0] != "_" and isinstance(v, (int, float, str))}
-forms = {bool: ("0|1|true|false", "0, 1, true or false"), int: (r"\d{1,18}", "an integer >= 0"),
-         float: (r"(\d+\.?|\d*\.\d+)(e[+-]?\d+)?", "a number >= 0"), str: (".*", "text")}
-for arg in [a for a in argv if a not in ("--help", "-h")]:  # --name=value, for this launch alone
-    name, _, value = arg.removeprefix("--").partition("=")
-    if name not in constants:
-        near = difflib.get_close_matches(name, constants, n=1, cutoff=0)[0]
-        sys.exit(f"{arg}: no such constant; the nearest is --{near}={constants[near]}")
-    kind = type(constants[name])
-    pattern, form = forms[kind]
-    if arg != f"--{name}={value}" or not re.fullmatch(pattern, value, re.IGNORECASE | re.DOTALL):
-        sys.exit(f"{arg}: expected --{name}= and {form}, as in --{name}={constants[name]}")
-    constants[name] = value.lower() in ("1", "true") if kind is bool else kind(value)
-globals().update(constants)
-if {"--help", "-h"} & set(argv):
-    sys.exit(print(__doc__, *(f"--{k}={v!r}" for k, v in constants.items()), sep="\n"))
 
 # model -----------------------------------------------------------------------
-@dataclasses.dataclass
+@dataclass
 class GPTConfig:
     block_size: int = 1024   # tokens of context
-    vocab_size: int = 50257  # 256 bytes, 50,000 BPE merges, <|endoftext|>; any beyond are padding
+    vocab_size: int = 50257  # 256 bytes, 50,000 BPE merges, <|endoftext|>; more are padding
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
     dropout: float = 0.0
 
 class CausalSelfAttention(nn.Module):
-    """Each position gathers from itself and those before it. It asks with a query, each of them
-    answers with a key and offers a value; what arrives is the average of the values, weighted by
-    how well the keys match the query: softmax(q k^T / sqrt(C/H)) v. The root keeps sums of C/H
-    products near 1, the mask hides the future. H heads look for H things side by side."""
+    """Lets each position gather information from itself and the positions before it.
+    Each has a query (what it looks for), a key (what it can be found by) and a value (what
+    it passes on). It receives the average of the values, weighted by how well their keys match
+    its query: softmax(q k^T / sqrt(C/H)) v. The H heads do this side by side."""
     def __init__(self, config):
         super().__init__()
-        self.n_head, self.dropout = config.n_head, config.dropout
+        self.n_head = config.n_head
+        self.dropout = config.dropout
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # q, k and v in one product
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x):
-        B, T, C = x.shape  # batch, time (tokens), channels (n_embd)
+        B, T, C = x.shape  # batch, sequence, channels
         q, k, v = self.c_attn(x).split(C, dim=2)
         # (B, T, C) -> (B, H, T, C/H)
-        q, k, v = (z.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for z in (q, k, v))
-        p = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        q, k, v = (z.view(B, T, self.n_head, -1).transpose(1, 2) for z in (q, k, v))
+
+        # on a CPU in float32: in bfloat16, the backward pass takes several times as long
+        with torch.autocast("cpu", enabled=False):
+            if x.device.type == "cpu":
+                q, k, v = q.float(), k.float(), v.float()
+            p = self.dropout if self.training else 0.0
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
+        y = y.transpose(1, 2).reshape(B, T, C)  # the heads next to each other again
+        return self.c_proj(y)
 
 class MLP(nn.Module):
-    """What attention has brought to a position is worked on there, each position by itself."""
+    """Works on what attention has gathered, at each position by itself."""
     def __init__(self, config):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x):
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # tanh as in OpenAI's code
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # as in OpenAI's code
 
 class Block(nn.Module):
-    """Both branches read the residual stream x, put to mean 0, variance 1, and add to it."""
+    """Attention and MLP each read the normalized residual stream and add to it."""
     def __init__(self, config):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd)
@@ -161,42 +164,47 @@ class Block(nn.Module):
 
     def forward(self, x):
         x = x + self.drop(self.attn(self.ln_1(x)))
-        return x + self.drop(self.mlp(self.ln_2(x)))  # sums pass gradients on undiminished
+        return x + self.drop(self.mlp(self.ln_2(x)))
 
 class GPT(nn.Module):
-    """GPT-2 (Radford et al. 2019): from the tokens so far to scores for the one that comes next."""
+    """GPT-2 (Radford et al. 2019): from the tokens so far to scores for the next one."""
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.n_tokens = min(config.vocab_size, GPTConfig.vocab_size)  # without the padding
+        self.n_tokens = min(config.vocab_size, GPTConfig.vocab_size)  # without padding
         self.transformer = nn.ModuleDict(dict(
-            wte=nn.Embedding(config.vocab_size, config.n_embd),  # a vector for each token
-            wpe=nn.Embedding(config.block_size, config.n_embd),  # and place: attention has no order
+            wte=nn.Embedding(config.vocab_size, config.n_embd),
+            wpe=nn.Embedding(config.block_size, config.n_embd),
+            drop=nn.Dropout(config.dropout),
             h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
             ln_f=nn.LayerNorm(config.n_embd)))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        # tied: the vector that stands for a token as input scores it as output; saves 39M of 163M
+        # weight tying: similar tokens should have similar embeddings, and similar scores
         self.transformer.wte.weight = self.lm_head.weight
+
         for name, p in self.named_parameters():
-            # the residual stream adds up 2 * n_layer branches: shrink each to keep the sum's size
+            # 2 * n_layer branches add to the residual stream: shrink each to keep its size
             branches = 2 * config.n_layer if name.endswith("c_proj.weight") else 1
             if p.dim() == 2:
-                nn.init.normal_(p, std=0.02 / branches ** 0.5)
+                nn.init.normal_(p, std=0.02 / math.sqrt(branches))
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
     def hidden(self, idx):
-        """Token ids (B, T), T <= block_size -> hidden states after the last LayerNorm (B, T, C)."""
-        x = self.transformer.wte(idx) + self.transformer.wpe.weight[:idx.shape[1]]
-        if torch.is_autocast_enabled(x.device.type):  # the stream in bfloat16: half the traffic
+        """Token ids (B, T), T <= block_size -> states after the last LayerNorm, (B, T, C)."""
+        T = idx.shape[1]
+        tok_emb = self.transformer.wte(idx)  # (B, T, C)
+        pos_emb = self.transformer.wpe.weight[:T]  # (T, C): attention alone knows no order
+        x = tok_emb + pos_emb
+        if torch.is_autocast_enabled(x.device.type):  # 16 bits take half the traffic
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        x = F.dropout(x, self.config.dropout, self.training)
+        x = self.transformer.drop(x)
         for block in self.transformer.h:
             x = block(x)
         return self.transformer.ln_f(x)
 
     def forward(self, idx, targets=None):
-        """Ids (B, T) -> logits (B, T, vocab_size); with targets (B, T) -> mean loss, float32."""
+        """Ids (B, T) -> logits (B, T, vocab_size), or with targets (B, T) the mean loss."""
         logits = self.lm_head(self.hidden(idx))
         if targets is None:
             return logits
@@ -204,47 +212,66 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, generator=None):
-        """Continues ids (B, T) to (B, T + max_new_tokens); a generator must be on their device."""
+        """Ids (B, T) -> ids (B, T + max_new_tokens). The generator is on the ids' device."""
         for _ in range(max_new_tokens):
-            last = self.hidden(idx[:, -self.config.block_size:])[:, -1]
+            last = self.hidden(idx[:, -self.config.block_size:])[:, -1]  # (B, C)
             logits = self.lm_head(last)[:, :self.n_tokens].float() / max(temperature, 1e-6)
-            if top_k:
-                logits[logits < logits.topk(min(top_k, self.n_tokens)).values[:, -1:]] = -math.inf
-            token = torch.multinomial(F.softmax(logits, dim=-1), 1, generator=generator)
-            idx = torch.cat([idx, token], dim=1)
+            if top_k > 0:
+                likeliest = logits.topk(min(top_k, self.n_tokens)).values
+                logits[logits < likeliest[:, -1:]] = -math.inf
+            probs = F.softmax(logits, dim=-1)
+            next_token = torch.multinomial(probs, 1, generator=generator)
+            idx = torch.cat([idx, next_token], dim=1)
         return idx
 
-    @classmethod
-    def from_pretrained(cls, name, dropout=0.0):
-        """Loads transformers' format: a folder, or a name on the hub (gpt2, gpt2-medium, ...)."""
-        from transformers import GPT2LMHeadModel
-        theirs, info = GPT2LMHeadModel.from_pretrained(name, output_loading_info=True)
-        if info["missing_keys"]:
-            raise OSError(f"{name}: not a whole GPT-2, it lacks {min(info['missing_keys'])}")
-        c = theirs.config
-        model = cls(GPTConfig(c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd, dropout))
-        model.load_state_dict(transpose_conv1d(theirs.state_dict()))
-        return model
-
-    def save_pretrained(self, folder):
-        """Writes config.json and model.safetensors for transformers, without padded rows."""
-        from transformers import GPT2Config, GPT2LMHeadModel
-        c = self.config
-        theirs = GPT2LMHeadModel(GPT2Config(vocab_size=c.vocab_size, n_positions=c.block_size,
-                                            n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head))
-        theirs.load_state_dict(transpose_conv1d(self.state_dict()))
-        theirs.resize_token_embeddings(self.n_tokens)
-        theirs.save_pretrained(folder)
-
+# Hugging Face's format -------------------------------------------------------
 def transpose_conv1d(state):
-    """OpenAI keeps these weights as (in, out), nn.Linear as (out, in): turns one into the other."""
-    turned = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-    return {name: p.t() if name.endswith(turned) else p for name, p in state.items()}
+    """OpenAI's code has these weights as (in, out), nn.Linear as (out, in). Works both ways."""
+    conv1d = "attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight"
+    return {name: p.t() if name.endswith(conv1d) else p for name, p in state.items()}
+
+def from_pretrained(name, dropout=0.0):
+    """Loads a GPT-2 from a folder or, by name, from the hub. Raises OSError if it can't."""
+    from transformers import GPT2LMHeadModel
+    theirs = GPT2LMHeadModel.from_pretrained(name)
+    c = theirs.config
+    model = GPT(GPTConfig(c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd, dropout))
+    model.load_state_dict(transpose_conv1d(theirs.state_dict()))
+    return model
+
+def save_pretrained(model, folder):
+    """Writes config.json and model.safetensors, without the padding of the vocabulary."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+    c = model.config
+    shape = dict(n_positions=c.block_size, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd)
+    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=c.vocab_size, **shape))
+    theirs.load_state_dict(transpose_conv1d(model.state_dict()))
+    theirs.resize_token_embeddings(model.n_tokens)
+    theirs.save_pretrained(folder)
+
+GPT.from_pretrained = staticmethod(from_pretrained)
+GPT.save_pretrained = save_pretrained
 
 # data ------------------------------------------------------------------------
+def get_tokenizer(encoding):
+    """GPT-2's byte pair encoding, which tiktoken downloads once, or single bytes."""
+    if encoding == "gpt2":
+        return tiktoken.get_encoding("gpt2")
+    single = {bytes([i]): i for i in range(256)}
+    return tiktoken.Encoding("", pat_str="(?s:.)", mergeable_ranks=single, special_tokens={})
+
+@functools.lru_cache(maxsize=1)
+def read_text(path, encoding):
+    """The tokens of a text file."""
+    if encoding == "bytes":
+        return np.fromfile(path, dtype=np.uint8)
+    if os.path.getsize(path) > 500e6:
+        print(f"tokenizing {path} takes minutes; fineweb.py does it once, and in parallel")
+    text = open(path, encoding="utf-8", errors="replace").read()
+    return np.array(get_tokenizer(encoding).encode_ordinary(text), dtype=np.uint16)
+
 def open_shard(path):
-    """The tokens of a file, memory-mapped: only what is used gets loaded. A .npy holds uint16 in
-    one dimension; a .bin, as in llm.c, 256 int32 (20240520, 1, the count, zeros), then uint16."""
+    """The tokens of a .npy, or of a .bin as in llm.c, memory-mapped. Exits if it is damaged."""
     with open(path, "rb") as file:
         try:
             if path.endswith(".npy"):
@@ -252,409 +279,555 @@ def open_shard(path):
                 shape, _, dtype = np.lib.format.read_array_header_1_0(file)
             else:
                 magic, version, count = np.frombuffer(file.read(1024), "<i4")[:3].tolist()
-                shape, dtype = (count,), "<u2" if (magic, version) == (20240520, 1) else None
+                shape, dtype = (count,), "<u2" if (magic, version) == (20240520, 1) else "?"
             found = (os.path.getsize(path) - file.tell()) / 2
-            if (dtype, shape) != ("<u2", (found,)):
-                raise ValueError(f"expected {shape} of {dtype}, found {found:g} tokens of uint16")
-        except Exception as error:  # of several kinds, for a damaged header
-            sys.exit(f"{path}: not a shard, make it with fineweb.py: {error!r:.200}")
+            assert shape == (found,), f"expected {shape} tokens, found {found:g}"
+            assert dtype == "<u2", f"{dtype} instead of uint16"
+        except Exception as error:  # a damaged header can lead to any kind of error
+            sys.exit(f"{path}: not a shard of tokens from fineweb.py: {error!s:.200}")
         return np.memmap(path, "<u2", mode="r", offset=file.tell(), shape=shape)
 
+def load_split(data, split, encoding):
+    """"train" or "val" -> [(file name, tokens)]. The last tenth of a text is "val"."""
+    shards = []
+    if os.path.isdir(data):
+        for name in sorted(os.listdir(data)):
+            if name.endswith((".npy", ".bin")) and split in re.split("[^a-z]+", name):
+                shards.append((name, open_shard(f"{data}/{name}")))
+    elif os.path.isfile(data) and not data.endswith((".npy", ".bin")):
+        tokens = read_text(data, encoding)
+        n_train = len(tokens) - len(tokens) // 10
+        tokens = tokens[:n_train] if split == "train" else tokens[n_train:]
+        shards.append((os.path.basename(data), tokens))
+    if not shards:
+        sys.exit(f"--data={data}: no text and no {split} shards; fineweb.py makes shards")
+    return shards
+
 @functools.lru_cache(maxsize=8)
-def permutation(n, seed, *more):  # cached: windows in a row need the same ones
+def permutation(n, seed, *more):
+    """The numbers below n in an order that depends on the seed; with None, in their own order."""
     return np.arange(n) if seed is None else np.random.default_rng([seed, *more]).permutation(n)
 
-class Tokens:
-    """A split ("train" or "val") as an endless order of windows of T + 1 tokens: T inputs and, one
-    place on, T targets. In each epoch the shards come in an order of their own, and in each shard
-    its windows, cut in other places: all is mixed, while only one shard is being read. The order
-    follows from the seed alone (None: that of the files), so that to resume, a number is enough."""
-    def __init__(self, data, split, T, vocab_size, seed=None):
-        self.T, self.vocab_size, self.seed = T, vocab_size, seed
-        if os.path.isfile(data) and not data.endswith((".npy", ".bin")):
-            text = np.memmap(data, mode="r") if os.path.getsize(data) else np.empty(0, np.uint8)
-            cut = len(text) - len(text) // 10  # the last tenth is the val split
-            shards = {data: text[:cut] if split == "train" else text[cut:]}
-        else:
-            paths = sorted(glob.glob(os.path.join(glob.escape(data), f"*{split}*")))
-            ours = re.compile(rf"{split}(?!.*(train|val)).*\.(npy|bin)$")  # retrieval_train: train
-            shards = {path: open_shard(path) for path in paths if ours.search(path)}
-        self.shards = [(path, tokens) for path, tokens in shards.items() if len(tokens) > T]
+class TokenLoader:
+    """Serves windows of T + 1 tokens, in an order that depends on the seed alone.
+    Each epoch visits the shards in a new order, and the windows of each shard in a new order,
+    cut at a new offset. Resuming only needs the step, and any number of processes, with any B,
+    trains on the same tokens. Without a seed, the windows come as they are in the files."""
+    def __init__(self, shards, B, T, rank, world_size, device, seed=None):
+        self.B, self.T = B, T
+        self.rank, self.world_size = rank, world_size
+        self.device, self.seed = device, seed
+        self.shards = [(name, tokens) for name, tokens in shards if len(tokens) > T]
         if not self.shards:
-            why = f"no {split} window of T + 1 = {T + 1}" if os.path.exists(data) else "not found"
-            sys.exit(f"--data={data}: {why}; give a text, or shards: python fineweb.py --out=DIR")
-        if short := [path for path, tokens in shards.items() if len(tokens) <= T]:
-            print(f"warning: skipping {', '.join(short)}: less than T + 1 = {T + 1} tokens")
-        self.counts = [(len(tokens) - 1) // T for _, tokens in self.shards]  # windows in each
+            sys.exit(f"{shards[0][0]} is too short: a window takes T + 1 = {T + 1} tokens")
+        self.counts = [(len(tokens) - 1) // T for _, tokens in self.shards]
         self.n_windows = sum(self.counts)
-        parts = [b"%d " % len(tokens) + tokens[:1 << 16].tobytes() for _, tokens in self.shards]
-        self.hash = hashlib.sha256(b"".join(parts)).hexdigest()[:16]  # to notice other data
+        # of names and lengths: tells a resumed run about other data
+        self.checksum = zlib.crc32(repr([(name, len(t)) for name, t in shards]).encode())
 
-    def window(self, i):
-        """Place i in the order -> T + 1 tokens; exits where one is not in the vocabulary."""
-        epoch, i = divmod(i, self.n_windows)
+    def window(self, place):
+        """T + 1 tokens: the window at a place of the endless order, which goes epoch by epoch."""
+        epoch, place = divmod(place, self.n_windows)
         for shard in permutation(len(self.shards), self.seed, epoch).tolist():
-            if i < self.counts[shard]:
+            if place < self.counts[shard]:
                 break
-            i -= self.counts[shard]
-        path, tokens = self.shards[shard]
-        i = permutation(self.counts[shard], self.seed, epoch, shard)[i]
-        shift = int(0.618 * self.T * epoch) % self.T  # golden ratio: the cuts spread evenly
-        start = min(i * self.T + shift, len(tokens) - self.T - 1)
+            place -= self.counts[shard]
+        window = permutation(self.counts[shard], self.seed, epoch, shard)[place]
+
+        name, tokens = self.shards[shard]
+        offset = int(0.618 * self.T * epoch) % self.T  # each epoch cuts the text elsewhere
+        start = min(window * self.T + offset, len(tokens) - self.T - 1)
         ids = tokens[start:start + self.T + 1]
-        if (bad := ids.max()) >= self.vocab_size:
-            sys.exit(f"{path}: token {bad} at offset {start + ids.argmax()} >= {self.vocab_size}")
+        if ids.max() >= GPTConfig.vocab_size:
+            sys.exit(f"{name}: {ids.max()} at offset {start + ids.argmax()} is no GPT-2 token")
         return ids
 
-    def batch(self, first, B, device):
-        """The B windows from place `first` on -> inputs, targets: (B, T) each, int64, on device."""
-        ids = torch.from_numpy(np.stack([self.window(first + i) for i in range(B)], dtype=np.int64))
-        ids = ids.pin_memory() if device == "cuda" else ids  # so that nothing waits for the copy
-        ids = ids.to(device, non_blocking=device == "cuda")
-        return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    def batch(self, n):
+        """This rank's n-th micro-batch: inputs and the tokens after them, int64 (B, T) each."""
+        first = (n * self.world_size + self.rank) * self.B
+        windows = [self.window(i) for i in range(first, first + self.B)]
+        tokens = torch.from_numpy(np.stack(windows).astype(np.int64))  # (B, T + 1)
+        return tokens[:, :-1].to(self.device), tokens[:, 1:].to(self.device)
 
-# optimizer and schedule ------------------------------------------------------
+# optimizers and schedule -----------------------------------------------------
 def orthogonalize(m):
-    """Matrices U S V^T (..., rows, columns) -> about U V^T: all directions equally strong. Each
-    round turns a singular value s into 3.4445 s - 4.7750 s^3 + 2.0315 s^5, in the end near 1."""
-    x = m.bfloat16() if m.is_cuda else m  # enough for a direction; on most CPUs it is very slow
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    """Matrices U S V^T (..., rows, columns) -> about U V^T: all singular values come near 1.
+    Each round turns a singular value s into 3.4445 s - 4.7750 s^3 + 2.0315 s^5 (Jordan 2024)."""
+    if m.shape[-2] > m.shape[-1]:
+        return orthogonalize(m.mT).mT  # the smaller Gram matrix
+    x = m / (m.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(5):
         gram = x @ x.mT
         x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x
     return x
 
-class Muon(torch.optim.AdamW):
-    """AdamW, but in groups with a muon_momentum each matrix steps along its averaged gradient made
-    orthogonal, to learn rare directions as fast as common ones (Jordan 2024), and of AdamW's size,
-    so that one learning rate serves both (Liu et al. 2025, arXiv 2502.16982, section 2.2)."""
-    @torch.no_grad()
-    def step(self, closure=None):
-        for group in [g for g in self.param_groups if g.get("muon_momentum") is not None]:
-            for p in group["params"]:
-                state, (rows, columns) = self.state[p], p.shape
-                if not state:  # AdamW, when it loads a state, looks for its step
-                    state.update(step=torch.zeros(()), momentum_buffer=torch.zeros_like(p))
-                average = state["momentum_buffer"].lerp_(p.grad, 1 - group["muon_momentum"])
-                m = p.grad.lerp(average, group["muon_momentum"])  # Nesterov's: one step ahead
-                m = m.reshape(1 if rows % columns else rows // columns, -1, columns)  # q, k, v...
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                # orthogonal matrices have entries around 1/sqrt(columns), AdamW's steps around 0.2
-                p.add_(orthogonalize(m).view(p.shape), alpha=-group["lr"] * 0.2 * columns ** 0.5)
-                p.grad = None  # for AdamW to pass it over
-        return super().step(closure)
+class Muon(torch.optim.Optimizer):
+    """Moves each matrix along its averaged gradient, made orthogonal: it learns rare directions
+    as fast as common ones (Jordan 2024, kellerjordan.github.io/posts/muon)."""
+    def __init__(self, params, weight_decay, momentum=0.95):
+        super().__init__(params, dict(lr=0.0, weight_decay=weight_decay, momentum=momentum))
 
-def make_optimizer(model, name, weight_decay, betas, momentum):
-    """AdamW for all, or Muon for the blocks' matrices; biases and LayerNorms are not decayed."""
-    matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and ".h." in n]
-    embeddings = [p for n, p in model.named_parameters() if p.dim() == 2 and ".h." not in n]
-    vectors = [p for p in model.parameters() if p.dim() != 2]
-    return Muon([{"params": matrices, "muon_momentum": momentum if name == "muon" else None},
-                 {"params": embeddings}, {"params": vectors, "weight_decay": 0.0}],
-                weight_decay=weight_decay, betas=betas, fused=True)
+    @torch.no_grad()
+    def step(self):
+        [group] = self.param_groups
+        # all matrices of a shape at once: a few large products instead of many small ones
+        for rows, columns in {p.shape: None for p in group["params"]}:
+            matrices = [p for p in group["params"] if p.shape == (rows, columns)]
+            directions = []
+            for p in matrices:
+                average = self.state[p].setdefault("average", torch.zeros_like(p))
+                average.lerp_(p.grad, 1 - group["momentum"])
+                directions.append(p.grad.lerp(average, group["momentum"]))  # Nesterov: one ahead
+            stack = torch.stack(directions)
+            if rows == 3 * columns:
+                rows = columns  # c_attn is three maps, for q, k and v, in one product
+            stack = orthogonalize(stack.view(-1, rows, columns)).view_as(stack)
+            # as large as AdamW's steps: one learning rate serves both (arXiv 2502.16982)
+            stack *= 0.2 * math.sqrt(max(rows, columns))
+            for p, direction in zip(matrices, stack, strict=True):
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.sub_(direction, alpha=group["lr"])
+
+def make_optimizers(model, name, weight_decay):
+    """AdamW for everything, or Muon for the matrices in the blocks and AdamW for the rest."""
+    parameters = dict(model.named_parameters())
+    vectors = [p for p in parameters.values() if p.dim() != 2]  # biases and LayerNorms
+    in_blocks = [p for n, p in parameters.items() if p.dim() == 2 and ".h." in n]
+    embeddings = [p for n, p in parameters.items() if p.dim() == 2 and ".h." not in n]
+
+    decayed = embeddings if name == "muon" else embeddings + in_blocks
+    groups = [{"params": decayed}, {"params": vectors, "weight_decay": 0.0}]
+    # betas as for GPT-3; the loop sets lr
+    how = dict(lr=0.0, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
+    adamw = torch.optim.AdamW(groups, **how)
+    return [adamw, Muon(in_blocks, weight_decay)] if name == "muon" else [adamw]
 
 def get_lr(step, max_lr, min_lr, warmup_steps, max_steps):
-    """Linear warmup, as big steps from random weights diverge; then half a cosine to min_lr."""
+    """A linear warmup, as large steps from random weights diverge, then a cosine to min_lr."""
     if step < warmup_steps:
         return max_lr * (step + 1) / warmup_steps
-    progress = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
-    return min_lr + (max_lr - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+    decay_ratio = min(1, (step - warmup_steps) / max(1, max_steps - warmup_steps))
+    coeff = 0.5 * (1 + math.cos(math.pi * decay_ratio))  # from 1 to 0
+    return min_lr + coeff * (max_lr - min_lr)
 
 # evaluation ------------------------------------------------------------------
-def sum_over_ranks(values, device):
-    """Adds up lists of floats, one from each process, for all of them to get."""
-    if dist.is_initialized():
-        sums = torch.tensor(values, dtype=torch.float64, device=device)
-        dist.all_reduce(sums)
-        values = sums.tolist()
-    return values
+# cuDNN's attention plans anew for each length; these serve where the length varies
+ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+def mean_over_ranks(values, device):
+    """The mean of each of the values over all processes."""
+    if not dist.is_initialized():
+        return values
+    means = torch.tensor(values, dtype=torch.float64, device=device) / dist.get_world_size()
+    dist.all_reduce(means)
+    return means.tolist()
 
 @torch.no_grad()
-def evaluate(model, tokens, n_windows, B, rank, world_size, device, autocast):
-    """The mean loss (nats per token) over the first n_windows windows; the ranks share them."""
-    total = 0.0
-    for first in range(rank * B, n_windows, world_size * B):
-        x, y = tokens.batch(first, min(B, n_windows - first), device)
-        with autocast:
-            total += model(x, y).item() * len(x)
-    loss = sum_over_ranks([total], device)[0] / n_windows
-    return loss if math.isfinite(loss) else sys.exit(f"val loss {loss}: stopped; lower --max_lr")
+def evaluate(model, loader, steps):
+    """The mean loss (nats per token) over the first `steps` micro-batches of each rank."""
+    model.eval()
+    loss_accum = 0.0
+    for n in range(steps):
+        loss_accum += model(*loader.batch(n)).item() / steps
+    model.train()
+    return mean_over_ranks([loss_accum], loader.device)[0]
 
-def sample(model, encode, decode, prompt, n, length, temperature, top_k, seed, device, autocast):
-    """n texts: the prompt, continued by `length` tokens; the same for the same weights and seed."""
-    idx = torch.tensor([encode(prompt or "\n")] * n, device=device)
+def sample(model, tokenizer, prompt, n_samples, seed):
+    """Continues the prompt n_samples times; the same weights and seed give the same texts."""
+    model.eval()
+    device = model.lm_head.weight.device
+    start = tokenizer.encode(prompt or "<|endoftext|>", allowed_special="all")
+    idx = torch.tensor([start] * n_samples, device=device)
     generator = torch.Generator(device).manual_seed(seed)
-    with autocast:
-        idx = model.generate(idx, length, temperature, top_k, generator)
-    return [decode(ids) for ids in idx.tolist()]
+    idx = model.generate(idx, sample_tokens, temperature, top_k, generator)
+    model.train()
+    texts = [tokenizer.decode(tokens) for tokens in idx[:, len(start):].tolist()]
+    return [prompt + text.partition("<|endoftext|>")[0] for text in texts]
 
-def text_codec(n_tokens):
-    """Functions text -> ids and ids -> text: bytes for 256 tokens, else GPT-2's BPE; or None."""
-    if n_tokens == 256:
-        return lambda text: list(os.fsencode(text)), lambda ids: bytes(ids).decode(errors="replace")
+# log and checkpoints ---------------------------------------------------------
+# dense FLOP/s in 16 bits, from the data sheets; the first name found in a GPU's own counts
+PEAK_FLOPS = {
+    "T4": 65e12, "V100": 125e12, "L4": 121e12, "L40S": 362e12, "A10": 125e12, "A100": 312e12,
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12,
+    "RTX 3090": 71e12, "RTX 4090": 165e12, "RTX 5090": 209e12, "MI300X": 1307e12}
+
+def get_peak_flops(device):
+    """"NVIDIA A100-SXM4-80GB" -> 312e12; None for a device that is not listed."""
+    names = [n for n in PEAK_FLOPS if re.search(rf"\b{n}\b(?!.*(Laptop|MIG))", device)]
+    return PEAK_FLOPS[names[0]] if names else None
+
+def lock(path):
+    """Keeps a second run out of the same folder, for as long as this process lives."""
+    file = open(path, "w")
     try:
-        import tiktoken
-        bpe = tiktoken.get_encoding("gpt2")
-        return lambda text: bpe.encode(text, allowed_special="all"), bpe.decode
-    except Exception as error:  # of many kinds; as a rule, there is no network
-        print(f"no samples: can't fetch GPT-2's tokenizer ({type(error).__name__}), see README.md")
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sys.exit(f"another run holds {path}; choose another --log_dir")
+    except (ImportError, OSError):
+        pass  # Windows and some network drives have no such locks
+    return file
 
-# logging and checkpoints -----------------------------------------------------
-# dense bf16 FLOP/s, from the data sheets; the first name found in the device's own counts
-PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12}
+def move_aside(log_dir):
+    """log/gpt2, with an older run, becomes log/gpt2-1, or -2, ..."""
+    n = 1
+    while os.path.exists(f"{log_dir}-{n}"):
+        n += 1
+    os.rename(log_dir, f"{log_dir}-{n}")
+    os.makedirs(log_dir)
+    print(f"moved the older run in {log_dir} to {log_dir}-{n}")
 
-def open_log(log_dir, start, head):
-    """Opens log_dir/log.jsonl, locked against a second run. A fresh run (start=None) moves an
-    earlier one aside, to log_dir-1, -2, ...; a resumed one cuts what was logged from start on."""
-    path = os.path.join(log_dir, "log.jsonl")
+def checkpoint_paths(log_dir):
+    """Step -> path of the checkpoints in log_dir, in order."""
+    names = glob.glob("ckpt_*.pt", root_dir=log_dir)
+    steps = sorted(int(name[5:-3]) for name in names if name[5:-3].isdigit())
+    return {step: f"{log_dir}/ckpt_{step:06d}.pt" for step in steps}
+
+def save_checkpoint(log_dir, checkpoint, keep, final):
+    """Writes a checkpoint and removes older ones. If it can't, it warns, or raises if final."""
+    path = f"{log_dir}/ckpt_{checkpoint['step']:06d}.pt"
     try:
-        os.makedirs(log_dir, exist_ok=True)
-        log_file = open(path, "a+", encoding="latin-1", newline="\n", buffering=1)
-        if os.name == "posix":
-            import fcntl
-            fcntl.flock(log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        why = "another run is writing there" if isinstance(error, BlockingIOError) else error
-        sys.exit(f"--log_dir={log_dir}: {why}; choose another folder")
-    if start is None and (os.path.getsize(path) or checkpoint_paths(log_dir)):
-        names = (f"{os.path.normpath(log_dir)}-{n}" for n in range(1, sys.maxsize))
-        aside = next(name for name in names if not os.path.exists(name))
-        log_file.close()
-        os.rename(log_dir, aside)
-        print(f"moved the earlier run in {log_dir} to {aside}")
-        return open_log(log_dir, start, head)
-    log_file.seek(0)
-    kept = 0
-    for line in log_file:
-        step = re.match(r'{"step": (\d+)', line)  # the first line has none, nor have damaged ones
-        if line[-1] != "\n" or step and int(step[1]) >= start:
-            break
-        kept += len(line)  # latin-1, for what may be damaged: a character is a byte
-    log_file.truncate(kept)
-    log_file.write("" if kept else json.dumps(head) + "\n")
-    return log_file
-
-def log(log_file, wandb_run, step, line, **event):
-    """Prints a line, and adds the event to log.jsonl, as JSON, and where it is on to wandb."""
-    print(f"step {step:5d} | {line}", flush=True)
-    log_file.write(json.dumps({"step": step} | event) + "\n")
-    if wandb_run:
-        wandb_run.log(event, step=step)
-
-def checkpoint_paths(log_dir):  # oldest first
-    paths = glob.glob(os.path.join(glob.escape(os.path.normpath(log_dir)), "ckpt_*.pt"))
-    return sorted([p for p in paths if re.search(r"ckpt_\d+\.pt$", p)], key=lambda p: (len(p), p))
-
-def save_checkpoint(log_dir, keep, checkpoint, final):
-    """Writes beside the final name, then renames: a kill never leaves half a checkpoint.
-    A full disk is worth a warning, as there are older ones; at the end, it is an error."""
-    path = os.path.join(os.path.normpath(log_dir), f"ckpt_{checkpoint['step']:06d}.pt")
-    try:
-        with open(path + ".tmp", "wb", buffering=0) as file:
+        # written beside it and renamed, so that a kill never leaves half a checkpoint
+        with open(path + ".tmp", "wb") as file:
             torch.save(checkpoint, file)
+            file.flush()
             os.fsync(file.fileno())
         os.replace(path + ".tmp", path)
-    except (OSError, RuntimeError) as error:  # the latter is torch's, around an OSError
+    except (OSError, RuntimeError) as error:  # to torch, a full disk is a RuntimeError
         if os.path.exists(path + ".tmp"):
             os.remove(path + ".tmp")
-        problem = f"{path} can't be saved: {error.__context__ or error}"
-        return sys.exit(problem) if final else print(f"warning: {problem}")
-    paths = checkpoint_paths(log_dir)  # any after this one did not load, and do not count
-    for old in paths[:paths.index(path) + 1][:-keep]:  # all stay for keep = 0: [:-0] is empty
-        os.remove(old)
+        if final:
+            raise
+        print(f"warning: {path} can't be saved: {error.__context__ or error}")
+        return
+    # leaves later ones alone: they were damaged, or the run would have resumed from them
+    paths = checkpoint_paths(log_dir)
+    removable = [s for s in paths if s <= checkpoint["step"] and s % 5000 != 0]
+    if keep > 0:
+        for old in removable[:-keep]:
+            os.remove(paths[old])
 
 def load_checkpoint(log_dir):
-    """The newest checkpoint that loads; weights_only: as tensors and builtins, running no code."""
-    for path in reversed(checkpoint_paths(log_dir)):
+    """The newest checkpoint that is not damaged, or None where there are none."""
+    paths = list(checkpoint_paths(log_dir).values())
+    for path in reversed(paths):
         try:
-            assert not zipfile.ZipFile(path).testzip(), "it is damaged"  # torch ignores checksums
+            assert not zipfile.ZipFile(path).testzip(), "wrong checksum"  # unlike torch.load
             return torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # whatever a damaged or hostile file leads to
-            print(f"warning: {path} does not load, trying the one before it: {error!r:.200}")
-    sys.exit(f"--log_dir={log_dir}: no checkpoint there loads; start with --init_from=scratch")
+        except Exception as error:  # damage can lead to any kind of error
+            print(f"warning: skipping {path}, it does not load: {error!r:.200}")
+    if paths:
+        sys.exit(f"no checkpoint in {log_dir} loads; start anew with --init_from=scratch")
+
+def check_resume(config, saved):
+    """Exits where a resumed run would have another model, optimizer or order of the data."""
+    fixed = "checksum encoding seed T total_batch_size n_layer n_head n_embd optimizer".split()
+    changed = [f"{k} was {saved[k]}, is {config[k]}" for k in fixed if saved[k] != config[k]]
+    if changed:
+        sys.exit(f"can't resume: {'; '.join(changed)}; set it back, or start from scratch")
+
+# the launch ------------------------------------------------------------------
+def parse_flag(arg):
+    """"--B=16" -> ("B", 16). Exits if there is no such constant, or the value does not fit."""
+    name, _, text = arg.removeprefix("--").partition("=")
+    if name not in constants:
+        nearest = difflib.get_close_matches(name, constants, n=1, cutoff=0)[0]
+        sys.exit(f"{arg}: no such constant; the nearest is --{nearest}={constants[nearest]}")
+    kind = type(constants[name])
+    try:
+        value = text if kind is str else json.loads(text.lower())
+        assert arg == f"--{name}={text}" and kind(value) == value
+        assert kind is str or value >= 0
+        assert name not in CHOICES or value in CHOICES[name]
+    except Exception:
+        expected = CHOICES.get(name, kind.__name__)
+        sys.exit(f"{arg}: expected {expected}, as in --{name}={constants[name]}")
+    return name, kind(value)
+
+def constants_of_launch(args):
+    """The constants above, then what a text file replaces, then the flags."""
+    flags = dict(parse_flag(arg) for arg in args if arg != "--help")
+    launch = constants | flags
+    if not os.path.isdir(launch["data"]):
+        small = launch["init_from"] in ("scratch", "resume") and flags.get("encoding") != "gpt2"
+        launch = constants | (small_gpt if small else fine_tuning) | flags
+    if "--help" in args:
+        print(__doc__, *(f"--{name}={value!r}" for name, value in launch.items()), sep="\n")
+        sys.exit()
+    return launch
+
+def default_dtype(device):
+    """The fastest dtype that a device multiplies in natively; old GPUs only emulate bfloat16."""
+    if device == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bfloat16" if native else "float16"
+    native = device == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return "bfloat16" if native else "float32"
+
+def setup_distributed(device, rank, world_size, timeout):
+    """Connects the processes that torchrun has started, one for each GPU."""
+    backend, gpu = "gloo", None
+    if device == "cuda":
+        backend, gpu = "nccl", torch.device("cuda", torch.cuda.current_device())
+    # torchrun restarts all processes where one dies, but its store keeps the old addresses: each
+    # attempt meets under a prefix. Nodes count their attempts apart: with several, see README.md
+    one_node = int(os.environ["LOCAL_WORLD_SIZE"]) == world_size
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "") if one_node else ""
+    store = dist.PrefixStore(attempt, next(dist.rendezvous("env://"))[0])
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size,
+                            timeout=timedelta(seconds=timeout), device_id=gpu)
+
+def fit_batch(B, T, total_batch_size, world_size):
+    """The largest B, up to the one asked for, that divides a process's share of a step."""
+    share, rest = divmod(total_batch_size, T * world_size)
+    if share == 0 or rest != 0:
+        sys.exit(f"{total_batch_size=} is no multiple of T * processes = {T * world_size}")
+    return max(b for b in range(1, min(B, share) + 1) if share % b == 0)
+
+stop_signals = []  # when they came
+
+def on_stop_signal(number, frame):
+    """Lets the step end, to save it. A second signal exits, unless it came with the first."""
+    stop_signals.append(time.monotonic())
+    if stop_signals[-1] - stop_signals[0] > 0.5:
+        os._exit(1)
 
 # the run ---------------------------------------------------------------------
 if __name__ == "__main__":
-    # torchrun starts a process, a rank, for each GPU and sets these; plain python is rank 0 of 1
+    constants = constants_of_launch(sys.argv[1:])
+    globals().update(constants)
+    if min(B, T, n_head, val_steps) == 0 or n_embd % n_head != 0:
+        sys.exit(f"need {B=}, {T=}, {n_head=}, {val_steps=} > 0, {n_embd=} % n_head == 0")
+
+    # torchrun starts a process for each GPU, with a rank each; plain python is rank 0 of 1
     rank = int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    sys.stdout = sys.stdout if rank == 0 else open(os.devnull, "w")  # rank 0 speaks for all
-    sys.stdout.reconfigure(errors="backslashreplace")  # an ASCII terminal must not end a run
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to save
-
-    def explain(kind, error, trace):  # one line where the reason lies outside the program
-        if "out of memory" in str(error) or "can't allocate memory" in str(error):
-            error = f"out of memory with --B={B}; try --B={B // 2 or 1}, or a smaller model"
-        elif wandb_log and "wandb" in f"{kind.__module__} {error}":
-            error = f"{error}; pip install wandb, wandb login, or WANDB_MODE=offline"
-        elif not isinstance(error, OSError):
-            return sys.__excepthook__(kind, error, trace)
-        print(str(error).strip().partition("\n")[0], file=sys.stderr)
-    sys.excepthook = explain
-    # mistakes in the constants and the data end here, before anything is built or moved
-    choices = {"device": f"{_gpu} cpu", "optimizer": "adamw muon", "dtype": "bfloat16 float32"}
-    for name, allowed in choices.items():
-        if constants[name] not in allowed.split():
-            sys.exit(f"--{name}={constants[name]}: this machine's choices are {allowed.strip()}")
-    n_here, n_gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.accelerator.device_count()
-    if device != "cpu" and local_rank >= n_gpus:
-        sys.exit(f"{n_here} processes, but {n_gpus} GPUs here; try --nproc_per_node={n_gpus}")
-    if 0 in (B, T, n_head, n_embd) or n_embd % n_head or max(dropout, beta1, beta2, momentum) >= 1:
-        sys.exit(f"need {B=}, {T=} > 0, {n_embd=} % {n_head=} == 0, dropout, betas, momentum < 1")
-    fits = [b for b in range(1, B + 1) if total_batch_size % (b * T * world_size) == 0]
-    if B not in fits or total_batch_size == 0:
-        fix = f"B={fits[-1]}" if fits else f"total_batch_size={B * T * world_size}"
-        sys.exit(f"{total_batch_size=} is no multiple of B * T * processes; try --{fix}")
-    micro_steps = total_batch_size // (B * T * world_size)
-    n_tokens = 256 if os.path.isfile(data) else GPTConfig.vocab_size
-    train = Tokens(data, "train", T, n_tokens, seed)
-    val = Tokens(data, "val", T, n_tokens)
-    n_val = max(1, min(val_tokens // T, val.n_windows))
-    if train.n_windows < (need := total_batch_size // T):  # windows of T + 1 tokens
-        sys.exit(f"{data}: {train.n_windows} windows, a step takes {need}: lower total_batch_size")
+    ddp = world_size > 1
+    master_process = rank == 0
+    if not master_process:
+        sys.stdout = open(os.devnull, "w")  # rank 0 prints for all
     if device == "cuda":
+        n_gpus = torch.cuda.device_count()
+        if local_rank >= n_gpus:
+            sys.exit(f"{os.environ['LOCAL_WORLD_SIZE']} processes, but only {n_gpus} GPUs")
         torch.cuda.set_device(local_rank)
         torch.set_float32_matmul_precision("high")  # TF32 for what remains in float32
-    gpu = torch.cuda.get_device_name() if device == "cuda" else device
-    autocast = torch.autocast(device, getattr(torch, dtype), enabled=dtype == "bfloat16")
+    if ddp:
+        setup_distributed(device, rank, world_size, timeout)
+    if dtype == "auto":
+        dtype = default_dtype(device)
+    autocast = torch.autocast(device, getattr(torch, dtype), enabled=dtype != "float32")
+    # scales the loss up in float16, where small gradients would vanish; else it does nothing
+    scaler = torch.amp.GradScaler(device, enabled=dtype == "float16")
+    device_name = torch.cuda.get_device_name() if device == "cuda" else device
+    print(f"{world_size} x {device_name}, {dtype}")
 
-    # start afresh, or from rank 0's newest checkpoint: when asked to, and when torchrun restarts us
-    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if world_size > 1:  # the ranks meet in a store: a restart must not find its old keys
-        attempt = restarts if n_here == world_size else ""  # nodes may count in other ways
-        store = dist.PrefixStore(attempt, next(dist.rendezvous("env://"))[0])
-        dist.init_process_group("nccl" if device == "cuda" else "gloo", store=store, rank=rank,
-                                world_size=world_size, timeout=datetime.timedelta(seconds=timeout))
-    restarted = sum_over_ranks([int(restarts)], device)[0] > 0 and checkpoint_paths(log_dir) != []
-    config = constants | {"data_hash": train.hash + val.hash}
-    asked = init_from == "resume"  # if not, but restarted, this is the same launch as before
-    shared = [config, load_checkpoint(log_dir) if rank == 0 and (asked or restarted) else None]
-    if world_size > 1:
-        dist.broadcast_object_list(shared)
-    theirs, checkpoint = shared
-    if other := [k for k in config if config[k] != theirs.get(k) and k not in ("data", "log_dir")]:
-        sys.exit(f"rank {rank} differs from rank 0 in {', '.join(other)}; launch all nodes alike")
+    # data: shards or a text, needed to train and to evaluate
+    B = fit_batch(B, T, total_batch_size, world_size)
+    windows_per_step = total_batch_size // T
+    grad_accum_steps = windows_per_step // (B * world_size)
+    config = constants | {"device": device_name, "dtype": dtype}
+    if max_steps > 0:
+        shards = load_split(data, "train", encoding)
+        train_loader = TokenLoader(shards, B, T, rank, world_size, device, seed)
+        config["checksum"] = train_loader.checksum
+        if train_loader.n_windows < windows_per_step:
+            sys.exit(f"{data}: {train_loader.n_windows} windows, a step takes {windows_per_step}")
+    if val_every > 0:
+        shards = load_split(data, "val", encoding)
+        val_loader = TokenLoader(shards, B, T, rank, world_size, device)
+        # whole steps: then any number of processes evaluates on the same tokens
+        val_steps = max(1, min(val_steps, val_loader.n_windows // windows_per_step))
+
+    # log_dir: nothing in it changes before all ranks are ready
+    log_dir = os.path.normpath(log_dir)
+    writes = master_process and max_steps > 0
+    if writes:
+        os.makedirs(log_dir, exist_ok=True)
+        lock_file = lock(f"{log_dir}.lock")
+        if wandb_log:
+            import wandb
+            wandb.init(project=wandb_project, name=log_dir, config=config)
+
+    # model: from the newest checkpoint, from scratch, or from somebody's weights
     torch.manual_seed(seed)
-    start, pretrained, wandb_run = 0, None, None
-    if checkpoint:
-        start, old = checkpoint["step"], checkpoint["config"] | {"init_from": init_from}
-        differ = {k: f"{k} was {old.get(k)}, is {v}" for k, v in config.items() if v != old.get(k)}
-        fixed = "data_hash seed T total_batch_size n_layer n_head n_embd optimizer".split()
-        if wrong := "; ".join(differ[k] for k in (fixed if asked else differ) if k in differ):
-            sys.exit(f"can't resume: {wrong}; set it back, or start anew with --init_from=scratch")
-        print("\n  ".join([f"resuming {log_dir} at step {start}", *differ.values()]))
-        gpt_config = GPTConfig(**old["model"] | {"dropout": dropout})
-    elif init_from == "scratch":
-        padded = math.ceil(n_tokens / 128) * 128  # 50257 -> 50304, which GPUs multiply faster
-        gpt_config = GPTConfig(T, padded, n_layer, n_head, n_embd, dropout)
-    else:
-        if not os.path.isdir(init_from) and "/" not in init_from and init_from[:4] != "gpt2":
-            sys.exit(f"--init_from={init_from}: not scratch, resume, a folder, or a GPT-2 by name")
-        pretrained = GPT.from_pretrained(init_from, dropout)
-        gpt_config = pretrained.config
-        if T > gpt_config.block_size or n_tokens != pretrained.n_tokens:
-            sys.exit(f"--T={T} with {n_tokens} tokens: --init_from={init_from} has a context of "
-                     f"{gpt_config.block_size} and {pretrained.n_tokens} tokens")
-    head = {"constants": constants, "torch": torch.__version__, "numpy": np.__version__, "gpu": gpu}
-    sum_over_ranks([0], device)  # all are here: none reads log_dir now, none has found a mistake
-    writes = rank == 0 and start <= max_steps  # a run past its last step is only looked at
-    log_file = open_log(log_dir, checkpoint and start, head) if writes else open(os.devnull, "w")
-    if wandb_log and writes:
-        import wandb
-        wandb_run = wandb.init(project=wandb_project, name=log_dir, dir=log_dir, config=config)
-    if compile:
-        try:
-            torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
-        except Exception as error:  # of many kinds; as a rule, there is no C++ compiler
-            print(f"warning: --compile=0, as it fails here: {error!r:.200}")
-            compile = False
-    raw_model = (pretrained or GPT(gpt_config)).to(device)
-    opt = make_optimizer(raw_model, optimizer, weight_decay, (beta1, beta2), momentum)
-    if checkpoint:  # of the optimizer, the state alone: weight decay and the like are today's
+    start_step = log_size = 0
+    checkpoint = load_checkpoint(log_dir) if init_from == "resume" else None
+    if checkpoint is not None:
+        if max_steps > 0:
+            check_resume(config, checkpoint["config"])
+        start_step, log_size = checkpoint["step"], checkpoint["log_size"]
+        raw_model = GPT(GPTConfig(**checkpoint["config"]["model"] | {"dropout": dropout}))
         raw_model.load_state_dict(checkpoint["model"])
-        opt.load_state_dict(opt.state_dict() | {"state": checkpoint["optimizer"]["state"]})
-    checkpoint = shared = None  # frees the memory of these copies
+    elif init_from in ("scratch", "resume"):
+        vocab_size = 256 if encoding == "bytes" else 50304  # faster than 50257: 393 * 128
+        raw_model = GPT(GPTConfig(T, vocab_size, n_layer, n_head, n_embd, dropout))
+    else:
+        try:
+            raw_model = GPT.from_pretrained(init_from, dropout)
+        except OSError as error:
+            sys.exit(f"--init_from={init_from} can't be loaded: {str(error).splitlines()[0]}")
+    if T > raw_model.config.block_size:
+        sys.exit(f"--T={T}: the model's context is {raw_model.config.block_size} tokens")
+    if mean_over_ranks([start_step], device) != [start_step]:
+        sys.exit(f"rank {rank} found another checkpoint than others: do all see {log_dir}?")
+    if init_from == "resume":
+        print(f"resuming at step {start_step}" if checkpoint else f"no checkpoint in {log_dir}")
 
-    # raw_model is evaluated, sampled and saved; model, with the same weights, trains: compiled, and
-    # in DDP, which averages the gradients of all processes while backward still computes others
-    ddp = DDP(raw_model, gradient_as_bucket_view=True) if world_size > 1 else raw_model
-    model = torch.compile(ddp) if compile else ddp
-    c, n_params = gpt_config, sum(p.numel() for p in raw_model.parameters())
-    # 2 a weight forward, 4 backward, none for positions; attention 12 L C T (nanoGPT's estimate)
+    raw_model.to(device)
+    optimizers = make_optimizers(raw_model, optimizer, weight_decay)
+    if checkpoint is not None:
+        for opt, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
+            # its state alone: weight decay and the like are this launch's
+            opt.load_state_dict(opt.state_dict() | {"state": saved["state"]})
+        scaler.load_state_dict(checkpoint["scaler"])
+        del checkpoint
+
+    # model trains and gives the validation loss; raw_model, the same weights, does the rest
+    model = torch.compile(raw_model) if compile else raw_model
+    if ddp:
+        model = DDP(model, gradient_as_bucket_view=True)  # averages gradients during backward
+    config["model"] = vars(raw_model.config)
+    n_params = sum(p.numel() for p in raw_model.parameters())
+    # forward 2 FLOP a parameter, but not for positions, backward 4; attention 12 L C T
+    c = raw_model.config
     flops_per_token = 6 * (n_params - c.block_size * c.n_embd) + 12 * c.n_layer * c.n_embd * T
-    peak_flops = next((flops for name, flops in PEAK_FLOPS.items() if name in gpu), None)
-    print(f"{n_params:,} parameters, {train.n_windows * T:,} tokens, {world_size} x {gpu}, {dtype}")
-    examples = hellaswag.load(skip=True) if n_tokens == GPTConfig.vocab_size else None
-    codec = text_codec(n_tokens) if rank == 0 and n_samples else None
-    report = functools.partial(log, log_file, wandb_run)
-    stops, now = [], time.monotonic  # added up over the ranks in each step; if any, all save, leave
-    for s in (signal.SIGINT, signal.SIGTERM):  # one 0.5 s later kills; Slurm and torchrun send two
-        signal.signal(s, lambda *_: stops.append(now()) or now() > stops[0] + 0.5 and os._exit(1))
-    saved = (saver := ThreadPoolExecutor(1)).submit(str)  # the save before: there is none yet
-    last, stopped = max(start, max_steps), False
-    batch = train.batch((start * micro_steps * world_size + rank) * B, B, device)
-    for step in range(start, last + 1):
-        # `step` updates are done: evaluate, sample, save
-        final = step == last
-        if (final or val_every and step % val_every == 0) and not stopped:
-            loss = evaluate(raw_model.eval(), val, n_val, B, rank, world_size, device, autocast)
-            report(step, f"val loss {loss:.4f}", val_loss=loss)
-        if (final or hella_every and step % hella_every == 0) and examples and not stopped:
-            acc = hellaswag.evaluate(raw_model, examples, B * T, autocast)["acc_norm"]
-            report(step, f"HellaSwag acc_norm {acc:.4f}", hellaswag=acc)
-        if (final or sample_every and step and step % sample_every == 0) and codec and not stopped:
-            texts = sample(raw_model.eval(), *codec, prompt, n_samples, sample_tokens,
-                           temperature, top_k, seed, device, autocast)
-            for text in texts:
-                report(step, f"sample: {text}\n", sample=text)
-            if wandb_run:
-                wandb_run.log({"samples": wandb.Table(["text"], [[t] for t in texts])}, step=step)
-        if writes and (final or stopped or step and save_every and step % save_every == 0):
-            saved.result()  # one at a time, by a thread, of a copy that training leaves alone
-            state = tree_map_only(torch.Tensor, lambda p: p.to("cpu", copy=True), {
-                "model": raw_model.state_dict(), "optimizer": opt.state_dict(),
-                "step": step, "config": config | {"model": dataclasses.asdict(gpt_config)}})
-            state["model"]["lm_head.weight"] = state["model"]["transformer.wte.weight"]  # one copy
-            saved = saver.submit(save_checkpoint, log_dir, keep, state, final or stopped)
-        if final or stopped:
-            break
-        # gradient accumulation: backward adds to .grad, so that micro_steps batches act as one
-        if not raw_model.training:
-            raw_model.train()
-        began = time.perf_counter()
-        lr = get_lr(step, max_lr, min_lr, warmup_steps, max_steps)
-        for group in opt.param_groups:
-            group["lr"] = lr
-        torch.manual_seed(seed + 1000003 * step + rank)  # dropout: of seed, step and rank alone
-        total = 0.0
-        for micro in range(micro_steps):
-            ddp.require_backward_grad_sync = micro == micro_steps - 1  # average once, at the end
-            with autocast:
-                part = model(*batch) / micro_steps
-            part.backward()
-            total += part.detach()
-            n = step * micro_steps + micro + 1  # while the GPU is busy, fetch its next batch
-            batch = train.batch((n * world_size + rank) * B, B, device)
-        norm = nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf).item()
-        loss, stopped = sum_over_ranks([total.item() / world_size, len(stops)], device)
-        if not math.isfinite(loss + norm):
-            sys.exit(f"step {step}: loss {loss}, gradient norm {norm}: stopped; lower --max_lr")
-        opt.step()
-        opt.zero_grad(set_to_none=True)
-        dt = time.perf_counter() - began
-        if log_every and step % log_every == 0 or step == last - 1:
-            rate, left = total_batch_size / dt, (last - 1 - step) * dt / 60
-            mfu = flops_per_token * rate / (world_size * peak_flops) if peak_flops else None
-            used = f"mfu {mfu:.1%} | " if mfu else ""
-            report(step, f"loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | {dt * 1e3:.0f} ms | "
-                   f"{rate:,.0f} tokens/s | {used}{left:.1f} min left", train_loss=loss, lr=lr,
-                   grad_norm=norm, dt=dt, tokens_per_sec=rate, mfu=mfu)
+    peak = get_peak_flops(device_name) if dtype != "float32" else None
+    lowered = f", lowered from {constants['B']} to divide a step" if B < constants["B"] else ""
+    print(f"{n_params:,} parameters, {grad_accum_steps} micro-steps of {B} x {T} tokens "
+          f"(for less memory, lower --B={B}{lowered})")
 
-    saved.result()
-    if writes and not stopped and n_tokens == GPTConfig.vocab_size:
-        raw_model.save_pretrained(os.path.join(log_dir, "hf"))
-    print(f"stopped at step {step}, --init_from=resume goes on" if stopped else f"done: {log_dir}")
-    if world_size > 1:
-        dist.barrier()  # rank 0 may still be saving; a sum is not enough: a rank left behind aborts
+    # log.jsonl: the constants, then a line for each event
+    log_file = open(os.devnull, "w")
+    if writes:
+        if init_from != "resume" and os.listdir(log_dir):
+            move_aside(log_dir)
+        log_file = open(f"{log_dir}/log.jsonl", "a", buffering=1)
+        # a resumed run drops what was logged after its checkpoint: it will come again
+        log_file.truncate(min(log_size, os.path.getsize(log_file.name)))
+        log_file.seek(0, os.SEEK_END)
+        if log_file.tell() == 0:
+            log_file.write(json.dumps({"constants": config, "torch": torch.__version__}) + "\n")
+
+    def log(line, **event):
+        print(f"step {step:5d} | {line}", flush=True)
+        log_file.write(json.dumps({"step": step} | event) + "\n")
+        if wandb_log and writes:
+            wandb.log(event, step=step)
+
+    # for HellaSwag and samples; what can't be downloaded is left out, and training goes on
+    encoding = "bytes" if raw_model.n_tokens == 256 else "gpt2"
+    examples = tokenizer = None
+    if hella_every > 0 and encoding == "gpt2":
+        examples = hellaswag.load_or_skip()
+    try:
+        if sample_every > 0 and n_samples > 0:
+            tokenizer = get_tokenizer(encoding)
+    except (OSError, ValueError) as error:
+        print(f"no samples, GPT-2's tokenizer can't be downloaded: {error!r:.200}")
+    if prompt.startswith("@"):
+        prompt = open(prompt[1:]).read()
+
+    def due(every):  # so many steps, and at the last one
+        return every > 0 and (last_step or step % every == 0)
+
+    signal.signal(signal.SIGINT, on_stop_signal)
+    signal.signal(signal.SIGTERM, on_stop_signal)
+    stopping, results = False, ""
+    t_start = time.perf_counter()
+    for step in range(start_step, max(start_step, max_steps) + 1):  # step updates are done
+        last_step = step >= max_steps
+
+        # once in a while, at the end, and when asked to stop: save
+        if writes and step > start_step and (stopping or due(save_every)):
+            checkpoint = {
+                "model": raw_model.state_dict(),
+                "optimizers": [opt.state_dict() for opt in optimizers],
+                "scaler": scaler.state_dict(),
+                "step": step, "config": config, "log_size": log_file.tell()}
+            save_checkpoint(log_dir, checkpoint, keep, final=stopping or last_step)
+        if stopping:
+            break
+
+        # once in a while: the loss on the validation set
+        if due(val_every):
+            with autocast:
+                val_loss = evaluate(model, val_loader, val_steps * grad_accum_steps)
+            log(f"val loss {val_loss:.4f}", val_loss=val_loss)
+            results = f", val loss {val_loss:.4f}"
+
+        # once in a while: HellaSwag
+        if due(hella_every) and examples is not None:
+            with autocast, sdpa_kernel(ANY_LENGTH):
+                acc_norm = hellaswag.evaluate(raw_model, examples, B * T)["acc_norm"]
+            log(f"HellaSwag acc_norm {acc_norm:.4f}", hellaswag=acc_norm)
+            results += f", HellaSwag {acc_norm:.4f}"
+
+        # once in a while: samples
+        if due(sample_every) and tokenizer is not None and master_process:
+            with autocast, sdpa_kernel(ANY_LENGTH):
+                texts = sample(raw_model, tokenizer, prompt, n_samples, seed)
+            for text in texts:
+                log(f"sample: {text}\n", sample=text)
+        if last_step:
+            break
+
+        # one step of the optimization
+        t0 = time.perf_counter()
+        lr = get_lr(step, max_lr, min_lr, warmup_steps, max_steps)
+        for opt in optimizers:
+            for group in opt.param_groups:
+                group["lr"] = lr
+        torch.manual_seed(seed + 1000003 * step + rank)  # for dropout, also after resuming
+        loss_accum = 0.0
+        for micro_step in range(grad_accum_steps):
+            x, y = train_loader.batch(step * grad_accum_steps + micro_step)
+            if ddp:
+                model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
+            with autocast:
+                # the gradients of the micro-steps add up; divided, they add up to the mean
+                loss = model(x, y) / grad_accum_steps
+            loss_accum += loss.detach()
+            scaler.scale(loss).backward()
+
+        for opt in optimizers:
+            scaler.unscale_(opt)
+        norm = nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf).item()
+        # all ranks stop if one got a signal
+        loss, signals = mean_over_ranks([loss_accum.item(), len(stop_signals)], device)
+        stopping = signals > 0
+
+        finite = math.isfinite(loss + norm)
+        if not finite and scaler.get_scale() <= 1:
+            sys.exit(f"step {step}: loss {loss}, gradient norm {norm}; stopped, lower --max_lr")
+        if finite:  # float16 overflows at times: then the scaler lowers its scale, and no update
+            with autocast:  # for the matrix products of Muon
+                for opt in optimizers:
+                    opt.step()
+        scaler.update()
+        raw_model.zero_grad(set_to_none=True)
+        dt = time.perf_counter() - t0
+        if due(log_every):
+            tokens_per_sec = total_batch_size / dt
+            mfu = flops_per_token * tokens_per_sec / (world_size * peak) if peak else None
+            log(f"loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | {1000 * dt:.0f} ms | "
+                f"{tokens_per_sec:,.0f} tokens/s" + (f" | mfu {mfu:.1%}" if mfu else ""),
+                train_loss=loss, lr=lr, grad_norm=norm, dt=dt, tokens_per_sec=tokens_per_sec,
+                mfu=mfu)
+
+    if writes and encoding == "gpt2" and not stopping:
+        raw_model.save_pretrained(f"{log_dir}/hf")
+    if stopping:
+        print(f"stopped at step {step}; to continue: --init_from=resume --encoding={encoding}")
+    elif writes and encoding == "gpt2":
+        raw_model.save_pretrained(f"{log_dir}/hf")
+    if writes:
+        if device == "cuda":
+            results += f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of GPU memory"
+        minutes = (time.perf_counter() - t_start) / 60
+        tokens = (step - start_step) * total_batch_size
+        print(f"done: {step} steps, {tokens:,} tokens, {minutes:.1f} minutes{results}, {log_dir}")
+    if ddp:
+        dist.barrier()  # rank 0 may still be saving
         dist.destroy_process_group()

@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 # a model and a run of seconds; float32, so that runs can be compared
 TINY = (
-    "--n_layer=2 --n_head=2 --n_embd=32 --T=32 --B=8 --total_batch_size=512 --val_tokens=2000 "
+    "--n_layer=2 --n_head=2 --n_embd=32 --T=32 --B=8 --total_batch_size=512 --val_steps=4 "
     "--warmup_steps=5 --log_every=1 --val_every=10 --sample_every=0 --sample_tokens=8 "
     "--dtype=float32 --compile=0 --device=cpu"
 ).split()
@@ -214,10 +214,10 @@ def load(path):
 
 
 def assert_same_state(a, b):
-    """Two checkpoints with the same weights and the same state of the optimizer."""
+    """Two checkpoints with the same weights and the same state of the optimizers."""
     a, b = load(a), load(b)
     assert_same_tensors(a["model"], b["model"])
-    assert_same_tensors(a["optimizer"], b["optimizer"])
+    assert_same_tensors(a["optimizers"], b["optimizers"])
 
 
 def assert_same_tensors(a, b):

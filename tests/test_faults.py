@@ -1,6 +1,5 @@
 """What goes wrong around a run: folders, checkpoints, terminals, memory."""
 
-import json
 import os
 import pickle
 import subprocess
@@ -19,6 +18,7 @@ from conftest import (
     load,
     log_of,
     mistake,
+    run,
     series,
     start,
     train,
@@ -38,13 +38,16 @@ def test_an_earlier_run_is_moved_aside(text, tmp_path):
     assert (tmp_path / "log-2" / "ckpt_000002.pt").exists()
 
 
-def test_a_restart_does_not_take_another_run_s_checkpoint(text, tmp_path):
-    """A launch from scratch that torchrun restarts before it has moved an earlier run aside."""
-    flags = f"--data={text}", f"--log_dir={tmp_path}/log", "--max_steps=2"
-    train(*flags)
-    restarted = {"TORCHELASTIC_RESTART_COUNT": "1"}
-    assert "max_lr was 0.008, is 0.1" in mistake(*flags, "--max_lr=0.1", env=restarted)
-    assert "resuming" in train(*flags, env=restarted).stdout
+def test_resume_where_there_is_nothing_yet(text, tmp_path):
+    """From scratch, and said so; and no run is moved aside, though it had logged already."""
+    flags = f"--data={text}", f"--log_dir={tmp_path}/log", "--init_from=resume", "--max_steps=2"
+    assert "no checkpoint" in train(*flags, "--save_every=0").stdout
+    first = log_of(tmp_path / "log")
+    assert "no checkpoint" in train(*flags, "--save_every=2").stdout
+    for before, after in zip(first, log_of(tmp_path / "log"), strict=True):
+        assert before.get("train_loss") == after.get("train_loss")
+    assert "resuming at step 2" in train(*flags, "--save_every=2").stdout
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["log"]
 
 
 def test_a_second_live_run_refuses(text, tmp_path):
@@ -63,22 +66,26 @@ def test_a_second_live_run_refuses(text, tmp_path):
 
 def test_log_dir_that_cannot_be_written(text, tmp_path):
     (tmp_path / "file").write_text("")
-    line = mistake(f"--data={text}", f"--log_dir={tmp_path}/file/log")
-    assert f"{tmp_path}/file/log" in line and "choose another folder" in line
+    result = run(f"--data={text}", f"--log_dir={tmp_path}/file/log")
+    assert result.returncode == 1 and f"{tmp_path}/file/log" in result.stderr.splitlines()[-1]
 
 
 def test_data_that_has_changed(tmp_path):
     rng = np.random.default_rng(0)
     np.save(tmp_path / "val.npy", rng.integers(0, 50257, 3000, dtype=np.uint16))
     np.save(tmp_path / "train.npy", rng.integers(0, 50257, 20000, dtype=np.uint16))
-    flags = f"--data={tmp_path}", f"--log_dir={tmp_path}/log", "--max_steps=2"
+    flags = f"--data={tmp_path}", f"--log_dir={tmp_path}/log", "--max_steps=2", "--save_every=2"
     train(*flags)
+    np.save(tmp_path / "train.npy", rng.integers(0, 50257, 20001, dtype=np.uint16))
+    assert "checksum was" in mistake(*flags, "--init_from=resume")
     np.save(tmp_path / "train.npy", rng.integers(0, 50257, 20000, dtype=np.uint16))
-    assert "data_hash" in mistake(*flags, "--init_from=resume")
+    train(*flags, "--init_from=resume")
+    (tmp_path / "train.npy").rename(tmp_path / "train_0.npy")
+    assert "checksum was" in mistake(*flags, "--init_from=resume")
 
 
 def test_checkpoint_of_another_run(text, tmp_path):
-    flags = f"--data={text}", f"--log_dir={tmp_path}/log", "--max_steps=2"
+    flags = f"--data={text}", f"--log_dir={tmp_path}/log", "--max_steps=2", "--save_every=2"
     train(*flags)
     before = sorted((path.name, path.read_bytes()) for path in (tmp_path / "log").iterdir())
     line = mistake(
@@ -91,7 +98,7 @@ def test_checkpoint_of_another_run(text, tmp_path):
         "total_batch_size was 512",
     ):
         assert change in line
-    assert "val_tokens" not in line
+    assert "val_steps" not in line
     assert before == sorted((path.name, path.read_bytes()) for path in (tmp_path / "log").iterdir())
 
 
@@ -110,8 +117,7 @@ def test_a_damaged_or_hostile_checkpoint_is_not_used(text, tmp_path):
     result = train(*flags, "--init_from=resume")
     assert (
         "ckpt_000004.pt" in result.stdout
-        and "resuming" in result.stdout
-        and "at step 2" in result.stdout
+        and "resuming at step 2" in result.stdout
     )
     assert not os.path.exists("pwned")
     for path in (tmp_path / "log").glob("*.pt"):
@@ -122,19 +128,22 @@ def test_a_damaged_or_hostile_checkpoint_is_not_used(text, tmp_path):
 
 
 def test_only_the_newest_are_kept(text, tmp_path):
-    train(
-        f"--data={text}", f"--log_dir={tmp_path}/log", "--max_steps=9", "--save_every=2", "--keep=2"
-    )
-    assert sorted(path.name for path in (tmp_path / "log").glob("*")) == [
-        "ckpt_000008.pt",
-        "ckpt_000009.pt",
-        "log.jsonl",
-    ]
+    """And one in every 5000 steps, which a run that went wrong slowly can go back to."""
+    flags = f"--data={text}", f"--log_dir={tmp_path}/log", "--save_every=2", "--keep=2"
+    train(*flags, "--max_steps=5")
+    old = tmp_path / "log" / "ckpt_000004.pt"
+    for step in (5000, 5001, 10000):
+        checkpoint = load(old)
+        checkpoint["step"] = step
+        torch.save(checkpoint, tmp_path / "log" / f"ckpt_{step:06d}.pt")
+    train(*flags, "--max_steps=10003", "--init_from=resume")
+    steps = sorted(int(path.stem[5:]) for path in (tmp_path / "log").glob("*.pt"))
+    assert steps == [5000, 10000, 10002, 10003]
 
 
 def test_a_damaged_checkpoint_does_not_crowd_out_good_ones(text, tmp_path):
     """A file that does not load, with a later step in its name, does not count as kept."""
-    flags = f"--data={text}", f"--log_dir={tmp_path}/log", "--keep=1"
+    flags = f"--data={text}", f"--log_dir={tmp_path}/log", "--keep=1", "--save_every=2"
     train(*flags, "--max_steps=2")
     (tmp_path / "log" / "ckpt_000009.pt").write_bytes(b"damaged")
     train(*flags, "--max_steps=4", "--init_from=resume")
@@ -144,10 +153,12 @@ def test_a_damaged_checkpoint_does_not_crowd_out_good_ones(text, tmp_path):
     }
 
 
-def test_no_samples(text, tmp_path):
-    train(f"--data={text}", f"--log_dir={tmp_path}/log", "--max_steps=1", "--n_samples=0")
-    assert (tmp_path / "log" / "ckpt_000001.pt").exists()
-    assert not any("sample" in event for event in log_of(tmp_path / "log"))
+def test_never_is_never(text, tmp_path):
+    """An every of 0, also at the end."""
+    never = [f"--{what}_every=0" for what in ("log", "val", "hella", "sample", "save")]
+    result = train(f"--data={text}", f"--log_dir={tmp_path}/log", "--max_steps=2", *never)
+    assert "done: 2 steps" in result.stdout and log_of(tmp_path / "log") == []
+    assert [path.name for path in (tmp_path / "log").iterdir()] == ["log.jsonl"]
 
 
 def test_tokenizer_that_cannot_be_fetched(shards, tmp_path):
@@ -156,9 +167,10 @@ def test_tokenizer_that_cannot_be_fetched(shards, tmp_path):
         f"--data={shards[0]}",
         f"--log_dir={tmp_path}/log",
         "--max_steps=1",
+        "--sample_every=1",
         env={"TIKTOKEN_CACHE_DIR": str(tmp_path / "cache"), "HTTPS_PROXY": "http://127.0.0.1:9"},
     )
-    assert "no samples" in result.stdout and "TIKTOKEN" not in result.stderr
+    assert "no samples" in result.stdout and "Traceback" not in result.stderr
     assert list(series(tmp_path / "log", "train_loss")) == [0]
 
 
@@ -183,25 +195,6 @@ def test_context_longer_than_the_pretrained(shards, tmp_path):
     line = mistake(*flags)
     assert "T=32" in line and "16" in line
     train(*flags, "--T=16", "--B=16")
-
-
-def test_ascii_terminal(tmp_path):
-    """Samples of a text that is all beyond ASCII, in the C locale."""
-    (tmp_path / "greek.txt").write_text("μῆνιν ἄειδε θεὰ " * 2000, encoding="utf-8")
-    result = train(
-        f"--data={tmp_path}/greek.txt",
-        f"--log_dir={tmp_path}/log",
-        "--max_steps=2",
-        "--prompt=θεὰ",
-        env={
-            "LC_ALL": "C",
-            "PYTHONUTF8": "0",
-            "PYTHONCOERCECLOCALE": "0",
-            "PYTHONIOENCODING": "ascii",
-        },
-    )
-    assert "\\u03b8" in result.stdout
-    assert any(event.get("sample", "").startswith("θεὰ") for event in log_of(tmp_path / "log"))
 
 
 def test_a_clock_that_jumps(text, tmp_path):
@@ -230,7 +223,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def test_out_of_memory(shards, tmp_path):
     """Logits of 3.3 GB, and then their loss, where 3 GB may still be had."""
     (tmp_path / "limited.py").write_text(LIMITED)
-    flags = command(f"--data={shards[0]}", "--B=512", "--total_batch_size=16384", "--val_tokens=32")
+    flags = command(f"--data={shards[0]}", "--B=512", "--total_batch_size=16384", "--val_every=0")
     result = subprocess.run(
         [flags[0], f"{tmp_path}/limited.py", *flags[1:], f"--log_dir={tmp_path}/log"],
         capture_output=True,
@@ -239,14 +232,12 @@ def test_out_of_memory(shards, tmp_path):
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert result.returncode == 1
-    assert result.stderr.strip().splitlines() == [
-        "out of memory with --B=512; try --B=256, or a smaller model"
-    ]
+    assert "for less memory, lower --B=512" in result.stdout
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_cuda_out_of_memory(text, tmp_path):
-    line = mistake(
+    result = run(
         f"--data={text}",
         f"--log_dir={tmp_path}/log",
         "--device=cuda",
@@ -255,13 +246,15 @@ def test_cuda_out_of_memory(text, tmp_path):
         "--total_batch_size=131072",
         "--n_embd=65536",
         "--n_layer=1",
-        "--val_tokens=1",
+        "--val_every=0",
     )
-    assert "try --B=65536" in line
+    assert result.returncode == 1 and "for less memory, lower --B=131072" in result.stdout
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("flags", [["--dtype=bfloat16", "--compile=1"], ["--dtype=float32"]])
+@pytest.mark.parametrize(
+    "flags", [["--dtype=bfloat16", "--compile=1"], ["--dtype=float32"], ["--dtype=float16"]]
+)
 def test_cuda(text, tmp_path, flags):
     train(f"--data={text}", f"--log_dir={tmp_path}/log", "--max_steps=20", "--device=cuda", *flags)
     losses = series(tmp_path / "log", "train_loss")
@@ -292,8 +285,7 @@ def test_no_space_for_a_checkpoint(text, tmp_path):
     )
     assert result.returncode == 1
     assert "warning: " in result.stdout and "ckpt_000004.pt can't be saved" in result.stdout
-    (line,) = result.stderr.strip().splitlines()
-    assert "ckpt_000006.pt can't be saved: [Errno 27] File too large" in line
+    assert "File too large" in result.stderr
     assert {path.name for path in (tmp_path / "log").iterdir()} == {"log.jsonl", "ckpt_000002.pt"}
     assert (tmp_path / "log" / "ckpt_000002.pt").read_bytes() == saved
     train(*flags, "--init_from=resume")  # as soon as there is room
@@ -304,7 +296,7 @@ def test_no_space_for_a_checkpoint(text, tmp_path):
 def test_weights_that_are_not_numbers(text, tmp_path, processes):
     """All ranks stop before the update, and save nothing."""
     flags = [f"--data={text}", f"--log_dir={tmp_path}/log", "--max_steps=4", "--B=4"]
-    train(*flags, "--max_steps=2")
+    train(*flags, "--max_steps=2", "--save_every=2")
     path = tmp_path / "log" / "ckpt_000002.pt"
     checkpoint = load(path)
     checkpoint["model"]["transformer.h.1.mlp.c_fc.weight"][0, 0] = float("nan")
@@ -318,13 +310,6 @@ def test_weights_that_are_not_numbers(text, tmp_path, processes):
     assert list((tmp_path / "log").glob("*.pt")) == [path]
 
 
-def test_a_learning_rate_beyond_all_bounds(text, tmp_path):
-    """The evaluation at the end sees it, and nothing is saved."""
-    flags = [f"--data={text}", f"--log_dir={tmp_path}/log", "--max_steps=1"]
-    assert "val loss nan: stopped" in mistake(*flags, "--max_lr=1e38", "--warmup_steps=0")
-    assert not list((tmp_path / "log").glob("*.pt"))
-
-
 def test_flipped_bits_in_a_checkpoint(text, tmp_path):
     """In the middle of a tensor, where torch.load would not notice."""
     flags = [f"--data={text}", f"--log_dir={tmp_path}/log", "--max_steps=4", "--save_every=2"]
@@ -336,7 +321,7 @@ def test_flipped_bits_in_a_checkpoint(text, tmp_path):
     path.write_bytes(content)
     torch.load(path, weights_only=True)
     result = train(*flags, "--init_from=resume")
-    assert "it is damaged" in result.stdout and "at step 2" in result.stdout
+    assert "wrong checksum" in result.stdout and "at step 2" in result.stdout
     assert_same_tensors(load(path)["model"], expected)
 
 
@@ -346,7 +331,7 @@ def test_a_damaged_log_is_kept(text, tmp_path):
     train(*flags, "--max_steps=4")
     log = tmp_path / "log" / "log.jsonl"
     lines = log.read_bytes().splitlines(keepends=True)
-    lines[2] = b'{"st\xff\x00p": ' + lines[2][8:]
+    lines[2] = b'{"st\xff\x00p": ' + lines[2][10:]
     log.write_bytes(b"".join(lines) + b'{"ste')
     train(*flags, "--max_steps=6", "--init_from=resume")
     now = log.read_bytes().splitlines(keepends=True)
@@ -357,17 +342,6 @@ def test_a_damaged_log_is_kept(text, tmp_path):
     assert not any(line.startswith(b'{"step": 4, "val_loss"') for line in now)  # of the earlier end
 
 
-def test_no_compiler(text, tmp_path):
-    """One warning, and it goes on without."""
-    (tmp_path / "bin").mkdir()
-    nothing = dict.fromkeys(("CC", "CXX"), "/no/compiler") | {"PATH": str(tmp_path / "bin")}
-    nothing["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path / "cache")
-    flags = [f"--data={text}", f"--log_dir={tmp_path}/log", "--max_steps=2", "--compile=1"]
-    result = train(*flags, env=nothing)
-    assert result.stdout.count("warning: --compile=0") == 1 and not result.stderr
-    assert len(series(tmp_path / "log", "train_loss")) == 2
-
-
 WANDB = ["--max_steps=2", "--wandb_log=1"]
 
 
@@ -375,19 +349,18 @@ def test_wandb_that_is_not_installed(text, tmp_path):
     (tmp_path / "path").mkdir()
     (tmp_path / "path" / "wandb.py").write_text("raise ImportError(\"No module named 'wandb'\")")
     path = {"PYTHONPATH": str(tmp_path / "path")}
-    line = mistake(f"--data={text}", f"--log_dir={tmp_path}/log", *WANDB, env=path)
-    assert "No module named 'wandb'" in line and "pip install wandb" in line
+    result = run(f"--data={text}", f"--log_dir={tmp_path}/log", *WANDB, env=path)
+    assert result.returncode == 1 and "No module named 'wandb'" in result.stderr
 
 
 def test_wandb_without_a_login_or_offline(text, tmp_path):
-    """No key: an error; offline: it works, and what it writes is in log_dir."""
+    """No key: an error, before anything is written; offline: it works."""
     flags = [f"--data={text}", f"--log_dir={tmp_path}/log", *WANDB]
     home = {"HOME": str(tmp_path), "WANDB_API_KEY": "", "NETRC": str(tmp_path / "netrc")}
-    result = finish(start(*flags, env=home))
-    assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert "wandb login" in result.stderr.strip().splitlines()[-1]
-    result = train(*flags, env={**home, "WANDB_MODE": "offline"})
-    assert list((tmp_path / "log").glob("wandb/offline-run-*/*.wandb"))
-    (table,) = (tmp_path / "log").glob("wandb/offline-run-*/files/media/table/samples_*.json")
-    samples = [event["sample"] for event in log_of(tmp_path / "log") if "sample" in event]
-    assert json.loads(table.read_text()) == {"columns": ["text"], "data": [[s] for s in samples]}
+    home["WANDB_DIR"] = str(tmp_path)
+    result = run(*flags, env=home)
+    assert result.returncode == 1 and "wandb login" in result.stderr
+    assert not list((tmp_path / "log").iterdir())
+    train(*flags, env={**home, "WANDB_MODE": "offline"})
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    assert len(series(tmp_path / "log", "train_loss")) == 2

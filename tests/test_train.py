@@ -4,6 +4,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,25 +13,24 @@ import time
 import pytest
 import torch
 from conftest import (
-    assert_same_state,
     command,
     finish,
     load,
     log_of,
-    run,
     series,
     start,
     train,
     wait_for,
 )
-from safetensors.torch import load_file, save_file
+
+TWELVE = ["--max_steps=12", "--save_every=12", "--sample_every=12"]
 
 
 @pytest.fixture(scope="module")
 def straight(text, tmp_path_factory):
     """Twelve steps of one process, B = 8 in two micro-steps."""
     log_dir = tmp_path_factory.mktemp("straight") / "log"
-    result = train(f"--data={text}", f"--log_dir={log_dir}", "--max_steps=12")
+    result = train(f"--data={text}", f"--log_dir={log_dir}", *TWELVE)
     return log_dir, result.stdout
 
 
@@ -46,16 +46,17 @@ def test_log(straight):
     assert set(event) == {"step", "train_loss", "lr", "grad_norm", "dt", "tokens_per_sec", "mfu"}
     assert event["tokens_per_sec"] == pytest.approx(512 / event["dt"])
     samples = [event for event in log_of(log_dir) if "sample" in event]
-    assert [event["step"] for event in samples] == [12, 12]
+    assert [event["step"] for event in samples] == [0, 0, 12, 12]
     assert all(event["sample"] in stdout for event in samples)
     assert log_of(log_dir)[-1]["step"] == 12
 
 
 def test_checkpoint(straight):
-    log_dir, _ = straight
+    log_dir, stdout = straight
     assert sorted(path.name for path in log_dir.iterdir()) == ["ckpt_000012.pt", "log.jsonl"]
+    assert "done: 12 steps, 6,144 tokens, " in stdout and stdout.rstrip().endswith(str(log_dir))
     checkpoint = load(log_dir / "ckpt_000012.pt")
-    assert {"model", "optimizer", "step", "config"} <= checkpoint.keys()
+    assert {"model", "optimizers", "step", "config"} <= checkpoint.keys()
     assert checkpoint["step"] == 12 and checkpoint["config"]["T"] == 32
     assert "transformer.h.0.attn.c_attn.weight" in checkpoint["model"]
 
@@ -71,7 +72,7 @@ def test_reported_losses_are_those_of_the_checkpoint(text, straight):
     model = GPT(GPTConfig(**checkpoint["config"]["model"])).eval()
     model.load_state_dict(checkpoint["model"])
     val = np.frombuffer(text.read_bytes(), np.uint8)[-12000:].astype(int)
-    windows = torch.tensor(np.stack([val[i * 32 : i * 32 + 33] for i in range(2000 // 32)]))
+    windows = torch.tensor(np.stack([val[i * 32 : i * 32 + 33] for i in range(4 * 16)]))
     with torch.no_grad():
         loss = model(windows[:, :-1], windows[:, 1:]).item()
     assert series(log_dir, "val_loss")[12] == pytest.approx(loss, abs=1e-4)
@@ -89,38 +90,24 @@ def test_the_same_losses_for_any_topology(straight, text, tmp_path, how):
             assert found[step] == pytest.approx(expected[step], abs=2e-4), (name, step)
 
 
-def test_a_save_is_of_its_step_though_training_goes_on(text, tmp_path):
-    """Saving 40 MB takes longer than a step; each checkpoint leads to the same end."""
-    flags = [f"--data={text}", f"--log_dir={tmp_path}/log", "--max_steps=6", "--save_every=1"]
-    flags += ["--keep=0", "--n_embd=256", "--n_layer=4", "--B=1", "--T=1", "--total_batch_size=1"]
-    flags += ["--optimizer=adamw", "--val_tokens=1"]
-    train(*flags)
-    paths = sorted((tmp_path / "log").glob("*.pt"))
-    expected = paths[-1].rename(tmp_path / "expected.pt")
-    for path in paths[-3:-1]:
-        path.unlink()
-    train(*flags, "--init_from=resume")
-    assert_same_state(paths[-1], expected)
-
-
 def test_resume_at_the_end_evaluates_and_is_done(straight, text):
     log_dir, _ = straight
     before = log_of(log_dir)
-    result = train(f"--data={text}", f"--log_dir={log_dir}", "--max_steps=12", "--init_from=resume")
-    assert "done" in result.stdout
+    result = train(f"--data={text}", f"--log_dir={log_dir}", *TWELVE, "--init_from=resume")
+    assert "done" in result.stdout and "val loss" in result.stdout
     assert log_of(log_dir) == before
 
 
-def test_past_its_end_a_run_is_only_looked_at(straight, text):
-    """Samples without training change neither the log nor the checkpoint, and need no lock."""
+def test_no_steps_write_nothing(straight, text):
+    """Evaluation and samples without training change nothing, also where a run is in training."""
     log_dir, _ = straight
     before = {path.name: path.read_bytes() for path in log_dir.iterdir()}
     flags = "--max_steps=0", "--init_from=resume", "--n_samples=3", "--prompt=KING"
-    with open(log_dir / "log.jsonl") as log:
-        fcntl.flock(log, fcntl.LOCK_EX)  # as a run in training does
-        flags += "--val_tokens=64", "--wandb_log=1"  # which would leave a folder there
+    with open(f"{log_dir}.lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # as a run in training does
+        flags += "--val_steps=1", "--sample_every=1", "--wandb_log=1"
         result = train(f"--data={text}", f"--log_dir={log_dir}", *flags)
-    assert result.stdout.count("sample: KING") == 3
+    assert result.stdout.count("sample: KING") == 3 and "val loss" in result.stdout
     assert {path.name: path.read_bytes() for path in log_dir.iterdir()} == before
 
 
@@ -132,7 +119,7 @@ def test_copies_of_checkpoints_are_left_alone(straight, text, tmp_path):
         shutil.copy(straight[0] / "ckpt_000012.pt", path)
     flags = f"--data={text}", f"--log_dir={tmp_path}//log//", "--init_from=resume", "--keep=1"
     train(*flags, "--max_steps=14", "--save_every=1")
-    result = train(*flags, "--max_steps=15")
+    result = train(*flags, "--max_steps=15", "--save_every=1")
     assert "at step 14" in result.stdout
     newest = tmp_path / "log" / "ckpt_000015.pt"
     assert set((tmp_path / "log").glob("*.pt")) == {newest, *copies}
@@ -147,12 +134,12 @@ def test_today_s_constants_hold_when_resuming(straight, text, tmp_path):
         "--max_steps=13",
         "--init_from=resume",
         "--weight_decay=0.25",
-        "--beta2=0.99",
         "--dropout=0.2",
+        "--save_every=1",
     )
     checkpoint = load(tmp_path / "log" / "ckpt_000013.pt")
-    assert checkpoint["optimizer"]["param_groups"][0]["weight_decay"] == 0.25
-    assert checkpoint["optimizer"]["param_groups"][0]["betas"][1] == 0.99
+    groups = [group for opt in checkpoint["optimizers"] for group in opt["param_groups"]]
+    assert {group["weight_decay"] for group in groups} == {0.25, 0.0}
     assert checkpoint["config"]["model"]["dropout"] == 0.2
 
 
@@ -188,12 +175,10 @@ def test_gradient_clipping(text, tmp_path):
 def test_compiled(straight, text, tmp_path):
     """Trains, evaluates and samples; its checkpoint loads without; the losses are the same."""
     flags = f"--data={text}", f"--log_dir={tmp_path}/log"
-    train(*flags, "--max_steps=5", "--compile=1", "--sample_every=3", "--val_every=3")
+    save = "--save_every=5"
+    train(*flags, "--max_steps=5", "--compile=1", "--sample_every=3", "--val_every=3", save)
     assert [event["step"] for event in log_of(tmp_path / "log") if "sample" in event] == [
-        3,
-        3,
-        5,
-        5,
+        *(0, 0, 3, 3, 5, 5)
     ]
     assert (
         load(tmp_path / "log" / "ckpt_000005.pt")["model"].keys()
@@ -235,7 +220,7 @@ def test_stop_signal(text, tmp_path, number, processes):
     "moment, flags",
     [
         ("val_loss", ["--compile=1"]),  # in the first step, while it compiles
-        ("train_loss", ["--val_every=1", "--val_tokens=12000", "--B=1"]),  # while it evaluates
+        ("train_loss", ["--val_every=1", "--val_steps=20", "--B=1"]),  # while it evaluates
         ("train_loss", ["--save_every=1", "--n_embd=256", "--n_layer=8"]),  # while it saves
     ],
 )
@@ -265,7 +250,7 @@ def test_a_second_signal_leaves_at_once(text, tmp_path):
         "--B=1",
         "--n_embd=256",
         "--n_layer=8",
-        "--val_tokens=1",
+        "--val_steps=1",
     )
     log = tmp_path / "log" / "log.jsonl"
     wait_for(lambda: log.exists() and "val_loss" in log.read_text(), process)
@@ -285,7 +270,7 @@ def test_shards_end_in_a_folder_for_transformers(shards, tmp_path):
     from train_gpt2 import GPT, GPTConfig
 
     flags = f"--data={shards[0]}", f"--log_dir={tmp_path}/log"
-    result = train(*flags, "--max_steps=3", "--prompt=Now is")
+    result = train(*flags, "--max_steps=3", "--prompt=Now is", "--sample_every=3", "--save_every=3")
     assert all(
         event["sample"].startswith("Now is")
         for event in log_of(tmp_path / "log")
@@ -302,29 +287,18 @@ def test_shards_end_in_a_folder_for_transformers(shards, tmp_path):
     with torch.no_grad():
         assert torch.allclose(theirs(x).logits, model(x)[:, :, :50257], atol=1e-4)
 
-    # --max_steps=0 evaluates, samples and leaves; not from a folder that lacks weights
+    # --max_steps=0 evaluates, samples and leaves; nothing is written
     result = train(
         f"--data={shards[1]}",
         f"--log_dir={tmp_path}/eval",
         "--max_steps=0",
         f"--init_from={tmp_path}/log/hf",
+        "--sample_every=1",
     )
-    assert "val loss" in result.stdout and "sample" in result.stdout
-    assert series(tmp_path / "eval", "train_loss") == {}
-    found, expected = (
-        series(tmp_path / "eval", "val_loss")[0],
-        series(tmp_path / "log", "val_loss")[3],
-    )
-    assert found == pytest.approx(
-        expected, abs=0.01
-    )  # without the 47 rows of padding, a little less
-    path = tmp_path / "log" / "hf" / "model.safetensors"
-    weights = load_file(path)
-    del weights["transformer.h.1.mlp.c_fc.weight"]
-    save_file(weights, path, metadata={"format": "pt"})
-    result = run(f"--data={shards[1]}", f"--log_dir={tmp_path}/eval", f"--init_from={path.parent}")
-    assert result.returncode == 1
-    assert "lacks transformer.h.1.mlp.c_fc.weight" in result.stderr.strip().splitlines()[-1]
+    assert "sample: " in result.stdout and not (tmp_path / "eval").exists()
+    found = float(re.search(r"val loss ([0-9.]+)", result.stdout)[1])
+    expected = series(tmp_path / "log", "val_loss")[3]
+    assert found == pytest.approx(expected, abs=0.01)  # a little less, without rows of padding
 
 
 def test_bfloat16(text, tmp_path, straight):
@@ -334,45 +308,38 @@ def test_bfloat16(text, tmp_path, straight):
     )
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_every_parameter_is_in_one_group(optimizer):
-    from train_gpt2 import GPT, GPTConfig, make_optimizer
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_every_parameter_is_in_one_group(name):
+    from train_gpt2 import GPT, GPTConfig, Muon, make_optimizers
 
     model = GPT(GPTConfig(block_size=8, vocab_size=256, n_layer=2, n_head=2, n_embd=16))
-    groups = make_optimizer(model, optimizer, 0.1, (0.9, 0.95), 0.95).param_groups
+    optimizers = make_optimizers(model, name, 0.1)
+    groups = [(opt, group) for opt in optimizers for group in opt.param_groups]
     named = {id(p): name for name, p in model.named_parameters()}
-    assert sorted(named) == sorted(id(p) for group in groups for p in group["params"])
-    for group in groups:
+    assert sorted(named) == sorted(id(p) for _, group in groups for p in group["params"])
+    for opt, group in groups:
         for p in group["params"]:
-            name = named[id(p)]
-            assert group["weight_decay"] == (0.1 if p.dim() == 2 else 0.0), name
-            assert bool(group.get("muon_momentum")) == (
-                optimizer == "muon" and p.dim() == 2 and ".h." in name
-            )
+            matrix_of_a_block = p.dim() == 2 and ".h." in named[id(p)]
+            assert group["weight_decay"] == (0.1 if p.dim() == 2 else 0.0), named[id(p)]
+            assert isinstance(opt, Muon) == (name == "muon" and matrix_of_a_block)
 
 
-def test_adamw_is_torch_s(text, straight):
-    """Three updates of the loop's optimizer against torch.optim.AdamW."""
-    from train_gpt2 import GPT, GPTConfig, make_optimizer
+def test_adamw_is_torch_s():
+    """Three updates against torch.optim.AdamW."""
+    from train_gpt2 import GPT, GPTConfig, make_optimizers
 
     x = torch.randint(256, (4, 9), generator=torch.Generator().manual_seed(0))
     weights = []
     for ours in (True, False):
         torch.manual_seed(0)
         model = GPT(GPTConfig(block_size=8, vocab_size=256, n_layer=2, n_head=2, n_embd=16))
-        decay = [p for p in model.parameters() if p.dim() == 2]
-        rest = [p for p in model.parameters() if p.dim() == 1]
-        optimizer = (
-            make_optimizer(model, "adamw", 0.1, (0.9, 0.95), 0.95)
-            if ours
-            else (
-                torch.optim.AdamW(
-                    [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
-                    betas=(0.9, 0.95),
-                    fused=True,
-                )
-            )
-        )
+        if ours:
+            [optimizer] = make_optimizers(model, "adamw", 0.1)
+        else:
+            decay = [p for p in model.parameters() if p.dim() == 2]
+            rest = [p for p in model.parameters() if p.dim() == 1]
+            groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+            optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
         for group in optimizer.param_groups:
             group["lr"] = 1e-2
         for _ in range(3):
@@ -405,22 +372,39 @@ def test_the_command_line_needs_no_folder(text, tmp_path):
     assert result.returncode == 0 and (tmp_path / "log" / "baby" / "log.jsonl").exists()
 
 
-def test_muon_takes_matrices_of_any_shape():
-    """Sides that don't divide, as in other MLPs; and no momentum is still Muon."""
-    from train_gpt2 import GPT, GPTConfig, make_optimizer
+def one_by_one(p, grads, lr, weight_decay, momentum=0.95):
+    """Muon for one matrix, in plain steps: the published update, with the SVD in place of
+    Newton-Schulz."""
+    average = torch.zeros_like(p)
+    for grad in grads:
+        average = momentum * average + (1 - momentum) * grad
+        direction = momentum * average + (1 - momentum) * grad
+        maps = direction.split(p.shape[1]) if len(p) == 3 * p.shape[1] else [direction]
+        steps = []
+        for m in maps:
+            u, _, vt = torch.linalg.svd(m, full_matrices=False)
+            steps.append(0.2 * max(m.shape) ** 0.5 * u @ vt)
+        p = p * (1 - lr * weight_decay) - lr * torch.cat(steps)
+    return p
+
+
+def test_muon_moves_all_matrices_as_one_by_one():
+    """c_attn is three maps; Newton-Schulz leaves singular values between 0.7 and 1.2."""
+    from train_gpt2 import GPT, GPTConfig, make_optimizers
 
     torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=8, vocab_size=256, n_layer=1, n_head=2, n_embd=16))
-    mlp = model.transformer.h[0].mlp
-    mlp.c_fc, mlp.c_proj = torch.nn.Linear(16, 40), torch.nn.Linear(40, 16)
-    before = mlp.c_fc.weight.detach().clone()
-    optimizer = make_optimizer(model, "muon", 0.0, (0.9, 0.95), 0.0)
-    for group in optimizer.param_groups:
-        group["lr"] = 1.0
-    x = torch.randint(256, (4, 9))
-    model(x[:, :-1], x[:, 1:]).backward()
-    optimizer.step()
-    step = mlp.c_fc.weight.detach() - before
-    # 15 directions, as what comes from a LayerNorm has mean 0
-    strengths = torch.linalg.svdvals(step)[:15] / (0.2 * 16**0.5)
-    assert 0.6 < strengths.min() and strengths.max() < 1.3
+    model = GPT(GPTConfig(block_size=8, vocab_size=256, n_layer=2, n_head=2, n_embd=16))
+    _, muon = make_optimizers(model, "muon", 0.1)
+    [group] = muon.param_groups
+    group["lr"] = 0.02
+    before = [p.detach().clone() for p in group["params"]]
+    grads = [[torch.randn_like(p) for p in group["params"]] for _ in range(3)]
+    for step in grads:
+        for p, grad in zip(group["params"], step, strict=True):
+            p.grad = grad
+        muon.step()
+    for i, p in enumerate(group["params"]):
+        expected = one_by_one(before[i], [step[i] for step in grads], 0.02, 0.1)
+        moved = (expected - before[i]).norm()
+        assert (p - expected).norm() < 0.3 * moved, i
+        assert abs((p - before[i]).norm() / moved - 1) < 0.15, i
