@@ -720,7 +720,7 @@ if __name__ == "__main__":
     encoding = "bytes" if raw_model.n_tokens == 256 else "gpt2"
     examples = tokenizer = None
     if hella_every > 0 and encoding == "gpt2":
-        examples = hellaswag.load_or_skip()
+        examples = hellaswag.load_examples(skip=True)
     try:
         if sample_every > 0 and n_samples > 0:
             tokenizer = get_tokenizer(encoding)
