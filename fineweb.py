@@ -1,220 +1,298 @@
 """
-Text in, token shards for train_gpt2.py out: FineWeb-Edu from the hub, or text of your own.
-    python fineweb.py                               10B tokens: 28.5 GB to download, 20 GB of shards
-    python fineweb.py --shards=2                    one for validation, one to train on
-    python fineweb.py --pretokenized --shards=10    shards that others have made, in minutes
-    python fineweb.py --source=my_texts --out=my_shards --shard_size=1000000
+Turns text into token shards for train_gpt2.py: FineWeb-Edu from the hub, or text of your own.
 
-A document (a row of a .parquet or a line of a .jsonl file that has a field "text", or a .txt file)
-becomes <|endoftext|> and the tokens of its text. In the order of the files, all are cut into shards
-of shard_size tokens, the first for validation. Stop it at will: the same command goes on.
+python fineweb.py                               10B tokens: downloads 28.5 GB, writes 20 GB
+python fineweb.py --shards=2                    one shard for validation, one to train on
+python fineweb.py --pretokenized --shards=10    shards that others have made, in minutes
+python fineweb.py --source=my_texts --out=my_shards --shard_size=1000000
+
+A document is a row of a .parquet or a line of a .jsonl file, with a field "text", or a .txt file.
+It becomes <|endoftext|> and the tokens of its text. All documents, in order, are cut into shards
+of shard_size tokens, the first for validation. Stop when you like: the same command goes on.
 """
 import argparse
 import contextlib
-import functools
 import json
 import multiprocessing
 import os
+import queue
 import signal
 import sys
-import threading
 import time
-from itertools import accumulate, islice
+from collections import deque, namedtuple
+from itertools import islice
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import huggingface_hub as hub
 import numpy as np
+import pyarrow.parquet as pq
 import tiktoken
 from tqdm import tqdm
 
-keep_downloads = True  # False removes a file of the hub once it is read: 30 GB of disk will do
-batch_size = 256       # documents in a worker's task: about a quarter of a million tokens
+keep_downloads = True  # False removes a file of the hub once it is read, and saves 28 GB
+batch_size = 256       # documents that a worker gets at a time, some 250,000 tokens
 EOT = 50256            # <|endoftext|> in GPT-2's vocabulary
 
-def list_files(source, subset, suffixes, commit=None):
-    """-> (commit, {name: bytes}) of a dataset's subset on the hub, or (None, ...) of a folder."""
-    try:
-        if os.path.exists(source):
-            files = [(str(p), p.stat().st_size) for p in Path(source).rglob("*") if p.is_file()]
-        else:
-            commit = hub.dataset_info(source, revision=commit).sha
-            tree = hub.list_repo_tree(source, subset, revision=commit, repo_type="dataset")
-            files = [(entry.path, getattr(entry, "size", 0)) for entry in tree]
-    except Exception as error:  # the client's errors have no common base
-        sys.exit(f"{source}: no such folder, and from the hub: {' '.join(str(error).split())}")
-    files = {name: size for name, size in sorted(files) if name.endswith(suffixes)}
-    return commit, files or sys.exit(f"{source}: there are no {', '.join(suffixes)} files")
+# document: the number of the first one in its file
+Batch = namedtuple("Batch", "file document texts")
 
-def download(source, commit, name, folder=None):
-    """The local path of a file. The client takes up what breaks off; where it gives up, we do."""
-    for pause in (0, 1, 5, 25):
-        time.sleep(pause)
+def list_files(source, subset, suffixes, revision):
+    """Returns (revision, files) of a dataset on the hub; a folder has no revision."""
+    if os.path.isdir(source):
+        names = [str(path) for path in Path(source).rglob("*") if path.is_file()]
+    else:
         try:
-            return name if commit is None else hub.hf_hub_download(
-                source, name, revision=commit, repo_type="dataset", local_dir=folder)
-        except Exception as error:
-            reason = " ".join(str(error).split())
-    raise OSError(f"{source}: {reason}")
+            revision = hub.dataset_info(source, revision=revision).sha
+            tree = hub.list_repo_tree(source, subset, revision=revision, repo_type="dataset")
+            names = [entry.path for entry in tree]
+        except Exception as error:  # the client's errors have no common base
+            sys.exit(f"{source}: no such folder, and from the hub: {error!r:.200}")
+    files = sorted(name for name in names if name.endswith(suffixes))
+    if not files:
+        sys.exit(f"{source}: there are no {', '.join(suffixes)} files")
+    return revision, files
 
-def read_file(path):
-    """Yields (texts of batch_size documents, their share of the file's bytes)."""
-    size = os.path.getsize(path)
+def download(source, revision, name, folder=None):
+    """Returns the local path of a file; tries again where the hub's client gives up."""
+    where = {"revision": revision, "repo_type": "dataset", "local_dir": folder}
+    for pause in (1, 5, 25, 0):
+        try:
+            return hub.hf_hub_download(source, name, **where)
+        except Exception as error:
+            reason = f"{error!r:.200}"
+            time.sleep(pause)
+    raise OSError(f"{source}/{name}: {reason}")
+
+def read_documents(path):
+    """Yields the texts of a file; a null is None."""
     if path.endswith(".parquet"):
-        import pyarrow.parquet
-        file = pyarrow.parquet.ParquetFile(path, buffer_size=2**20, page_checksum_verification=True)
+        # with a buffer, a row group of gigabytes is not read at once
+        file = pq.ParquetFile(path, buffer_size=2**20, page_checksum_verification=True)
         for rows in file.iter_batches(batch_size, columns=["text"]):
-            yield rows.column("text").to_pylist(), size * len(rows) // file.metadata.num_rows
+            yield from rows.column("text").to_pylist()
     elif path.endswith(".jsonl"):
         with open(path, "rb") as file:
-            while rows := list(islice(file, batch_size)):
-                yield [json.loads(row)["text"] for row in rows if row.strip()], sum(map(len, rows))
+            yield from (json.loads(line)["text"] for line in file if line.strip())
     else:
-        yield [Path(path).read_bytes().decode()], size
+        yield Path(path).read_bytes().decode()
 
-def read_source(fetch, names, first, batch):
-    """Yields (file, batch, its bytes, its texts), from a batch of a file on."""
-    for file in range(first, len(names)):
-        if file > first and not os.path.exists(names[file]):
-            yield file, 0, 0, []  # before we wait for the hub, let all before get into shards
+def read_batches(args, files, progress):
+    """Yields batches of documents, from the one in which the next shard begins."""
+    background = ThreadPool(1)
+    document = progress.document
+    for n in range(progress.file, len(files)):
+        path = files[n]
+        if progress.revision:
+            path = download(args.source, progress.revision, path)
+            # the next file comes meanwhile, and is waited for when its turn comes (the client locks
+            # it); but where --shards are counted, nothing is downloaded that may not be needed
+            if args.shards == sys.maxsize and n + 1 < len(files):
+                background.apply_async(download, [args.source, progress.revision, files[n + 1]])
+
         try:
-            path = fetch(file).get()
-            for n, (texts, size) in islice(enumerate(read_file(path), 1), batch, None):
-                "".join(text for text in texts if text is not None)  # TypeError: not all are str
-                yield file, (batch := n) - 1, size, texts
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            yield file, batch, 0, []
-            raise OSError(f"{names[file]}, after {batch * batch_size} documents: {error}") from None
-        if not keep_downloads and path != names[file]:
-            os.remove(os.path.realpath(path))  # the client's cache has links to its files
-        batch = 0
-    yield len(names), 0, 0, []
+            documents = islice(read_documents(path), document, None)
+            texts = list(islice(documents, batch_size))
+            while texts:
+                if not all(isinstance(text, str | None) for text in texts):
+                    raise TypeError("a text is not a string")
+                yield Batch(n, document, texts)
+                document += len(texts)
+                texts = list(islice(documents, batch_size))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            sys.exit(f"{files[n]}, after {document} documents: {error!r:.200}")
+
+        document = 0
+        if progress.revision and not keep_downloads:
+            os.remove(os.path.realpath(path))  # the path is a link into the hub's cache
 
 def work(pipe):
-    """A worker: texts in, a uint16 array out: the tokens of each after an EOT; a null has none."""
+    """A worker process: gets texts and sends their tokens, until the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's affair
     encode = tiktoken.get_encoding("gpt2").encode_to_numpy
-    with contextlib.suppress(EOFError, OSError):  # until the parent is gone
+    with contextlib.suppress(EOFError, OSError):
         while True:
             parts = [np.empty(0, np.uint16)]
-            for text in (text for text in pipe.recv() if text is not None):
-                # half of a surrogate pair, which JSON can spell, is U+FFFD, as in encode_ordinary
+            for text in pipe.recv():
+                # JSON can spell half of a surrogate pair: it is U+FFFD, as in encode_ordinary
                 text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-                parts += [EOT], encode(text, disallowed_special=())  # "<|endoftext|>" is mere text
+                parts += [EOT], encode(text, disallowed_special=())
             pipe.send(np.concatenate(parts, dtype=np.uint16, casting="unsafe"))
 
-def tokenize(thread, batch):
-    """-> (batch, its tokens), made by the worker of this thread, which the first call starts."""
-    with contextlib.suppress(EOFError, OSError):
-        if not hasattr(thread, "pipe"):
-            spawn = multiprocessing.get_context("spawn")
-            thread.pipe, its_end = spawn.Pipe()
-            spawn.Process(target=work, args=[its_end], daemon=True).start()
-            its_end.close()  # so that once the worker is gone, recv fails, and does not wait
-        thread.pipe.send(batch[3])
-        return batch, thread.pipe.recv()
-    raise ChildProcessError("a worker died or did not start; for memory, try fewer --workers")
+def tokenize(batches, workers):
+    """Yields (batch, its tokens) in the order of the batches, of which some are read ahead."""
+    # Each worker has a pipe of its own, and a thread here that waits for its answer. In
+    # multiprocessing.Pool all share one: a worker killed while it writes stops it forever.
+    idle = queue.SimpleQueue()
+    for _ in range(workers):
+        pipe, worker_end = multiprocessing.Pipe()
+        multiprocessing.Process(target=work, args=[worker_end], daemon=True).start()
+        worker_end.close()  # so that recv fails, and doesn't wait, once the worker is gone
+        idle.put(pipe)
 
-def in_order(batches, workers):
-    """Yields (batch, its tokens) in order, up to 4 a worker ahead; an empty one drains them all."""
-    waiting, threads, thread = [], ThreadPool(workers), threading.local()
+    def ask(batch):
+        pipe = idle.get()
+        try:
+            pipe.send([text for text in batch.texts if text is not None])
+            tokens = pipe.recv()
+        except (EOFError, OSError):
+            raise OSError("a worker died; if memory is short, use fewer --workers") from None
+        idle.put(pipe)
+        return batch, tokens
+
+    threads = ThreadPool(workers)
+    waiting = deque()
     for batch in batches:
-        waiting.append(threads.apply_async(tokenize, (thread, batch)))
-        while len(waiting) > 4 * workers or waiting and not batch[3]:
-            yield waiting.pop(0).get()
+        waiting.append(threads.apply_async(ask, [batch]))
+        if len(waiting) > 4 * workers:
+            yield waiting.popleft().get()
+    for answer in waiting:
+        yield answer.get()
 
-if __name__ == "__main__":
+def cut(answers, progress, shard_size, bar):
+    """Yields shards; at each, progress is where the next one begins in the source."""
+    shard = np.empty(shard_size, np.uint16)
+    filled = 0
+    for batch, tokens in answers:
+        progress.file = batch.file
+        progress.document = batch.document
+        while progress.skip < len(tokens):
+            part = tokens[progress.skip :][: shard_size - filled]
+            shard[filled :][: len(part)] = part
+            filled += len(part)
+            progress.skip += len(part)
+            bar.update(len(part))
+            if filled == shard_size:
+                yield shard
+                filled = 0
+        progress.skip -= len(tokens)
+        progress.nulls += batch.texts.count(None)
+
+    progress.file = progress.files
+    if filled:
+        yield shard[:filled]
+
+def write_shard(out, tokens, progress):
+    """Writes a shard, then progress.json. After a kill in between, it is made again."""
+    split = "train" if progress.shard else "val"
+    path = Path(out, f"edufineweb_{split}_{progress.shard:06d}.npy")
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            np.save(file, tokens)
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path}: {error}") from None
+
+    progress.shard += 1
+    progress.tokens += len(tokens)
+    progress.documents += int(np.count_nonzero(tokens == EOT))
+    save_progress(out, progress)
+
+def save_progress(out, progress):
+    temporary = Path(out, "progress.json.tmp")
+    temporary.write_text(json.dumps(vars(progress)))
+    os.replace(temporary, Path(out, "progress.json"))
+
+def load_progress(out, made_of):
+    """Returns how far a folder is; exits if its shards are made of something else."""
+    counts = dict.fromkeys("shard file document skip tokens documents nulls".split(), 0)
+    progress = argparse.Namespace(made_of=made_of, revision=None, files=None, **counts)
+    shards = [*Path(out).glob("*.npy"), *Path(out).glob("*.bin")]
+    path = Path(out, "progress.json")
+    if shards:
+        text = path.read_text() if path.exists() else '{"made_of": "unknown shards"}'
+        progress = argparse.Namespace(**json.loads(text))
+    if progress.made_of != made_of:
+        sys.exit(f"--out={out} holds {progress.made_of}, not {made_of}; use another folder")
+    if progress.shard > len(shards):
+        sys.exit(f"--out={out} lacks some of its {progress.shard} shards; use another")
+    return progress
+
+def claim(out):
+    """Makes the folder, and locks it until this process ends."""
+    os.makedirs(out, exist_ok=True)
+    lock = os.open(Path(out, "lock"), os.O_CREAT | os.O_RDWR)
+    try:
+        import fcntl
+
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sys.exit(f"--out={out}: another run is writing there; use another folder")
+    except (ImportError, OSError):
+        pass  # Windows has no such lock, and neither have some file systems
+
+def fetch_pretokenized(args):
+    """Downloads shards that others have made, the one for validation first."""
+    progress = load_progress(args.out, {"source": args.pretokenized})
+    progress.revision, files = list_files(args.pretokenized, "", ".bin", progress.revision)
+    claim(args.out)
+    save_progress(args.out, progress)
+    val = [name for name in files if "val" in name]
+    train = [name for name in files if "val" not in name]
+    for name in (val + train)[: args.shards]:
+        print(download(args.pretokenized, progress.revision, name, args.out))
+
+def make_shards(args):
+    """Reads the documents, tokenizes them in order, and writes the shards."""
+    made_of = {"source": args.source, "subset": args.subset, "shard_size": args.shard_size}
+    progress = load_progress(args.out, made_of)
+    if progress.file == progress.files or progress.shard >= args.shards:
+        print(f"nothing to do: {args.out} has its {progress.shard} shards")
+        return
+
+    suffixes = (".parquet", ".jsonl", ".txt")
+    revision, files = list_files(args.source, args.subset, suffixes, progress.revision)
+    if progress.files not in (None, len(files)):
+        sys.exit(f"{args.source} had {progress.files} files, now {len(files)}; use another --out")
+    try:
+        tiktoken.get_encoding("gpt2")
+    except Exception as error:
+        sys.exit(f"set TIKTOKEN_CACHE_DIR to a folder with GPT-2's tokenizer: {error!r:.200}")
+    claim(args.out)
+    progress.revision = revision
+    progress.files = len(files)
+    save_progress(args.out, progress)
+
+    batches = read_batches(args, files, progress)
+    answers = tokenize(batches, args.workers)
+    with tqdm(desc="made", unit=" tokens", unit_scale=True, initial=progress.tokens) as bar:
+        for shard in cut(answers, progress, args.shard_size, bar):
+            write_shard(args.out, shard, progress)
+            if progress.shard == args.shards:
+                break
+    save_progress(args.out, progress)
+    report = "{documents:,} documents, {nulls:,} null, {tokens:,} tokens, {shard} shards"
+    print(report.format_map(vars(progress)))
+
+def main():
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     parser = argparse.ArgumentParser(usage=__doc__, allow_abbrev=False)
-    parser.error = lambda message: sys.exit(f"{message}; --help lists what there is")
+    parser.error = sys.exit  # one line, without the usage
     flag = parser.add_argument
-    flag("--source", default="HuggingFaceFW/fineweb-edu", help="dataset on the hub, or folder here")
-    flag("--subset", default="sample/10BT", help="the dataset's folder to take (%(default)s)")
-    flag("--shard_size", type=int, default=100_000_000, help="tokens in a shard (%(default)s)")
-    flag("--pretokenized", nargs="?", const="kjj0/finewebedu10B-gpt2", help="take .bin shards")
-    flag("--out", default=Path(__file__).with_name("edu_fineweb10B"), help="folder (%(default)s)")
-    flag("--shards", type=int, default=sys.maxsize, help="stop when there are so many")
+    flag("--source", default="HuggingFaceFW/fineweb-edu", help="dataset on the hub, or folder")
+    flag("--subset", default="sample/10BT", help="folder of a dataset (%(default)s)")
+    flag("--out", default="edu_fineweb10B", help="folder for the shards (%(default)s)")
+    flag("--shard_size", type=int, default=100_000_000, help="tokens in each (%(default)s)")
+    flag("--shards", type=int, default=sys.maxsize, help="stop after so many")
     flag("--workers", type=int, default=cores, help="processes that tokenize (%(default)s)")
-    source, subset, shard_size, ready, out, shards, workers = vars(parser.parse_args()).values()
-    if min(shard_size, workers, shards) < 1:
-        parser.error("--shard_size, --workers and --shards have to be positive")
-    suffixes = (".bin",) if ready else (".parquet", ".jsonl", ".txt")
-    if os.path.exists(source):  # a folder here: none of its files may come or go on the way
-        source, subset = os.path.abspath(source), f"{len(list_files(source, 0, suffixes)[1])} files"
-    made_of = [ready] if ready else [source, subset, shard_size, batch_size]
+    flag("--pretokenized", nargs="?", const="kjj0/finewebedu10B-gpt2", help="take .bin")
+    args = parser.parse_args()
+    if min(args.shard_size, args.shards, args.workers) < 1:
+        sys.exit("--shard_size, --shards and --workers have to be positive")
+    if os.path.isdir(args.source):
+        args.source = os.path.abspath(args.source)
 
-    def explain(kind, error, trace):  # one line where the reason lies outside the program
-        reasons = {KeyboardInterrupt: "stopped", BlockingIOError: "another run is writing there"}
-        if not issubclass(kind, (OSError, *reasons)):
-            return sys.__excepthook__(kind, error, trace)
-        print(f"--out={out}: {reasons.get(kind, error)}; the same command goes on", file=sys.stderr)
-    sys.excepthook = explain
-    def shard_path(n):
-        return os.path.join(out, f"edufineweb_{'train' if n else 'val'}_{n:06d}.npy")
-
-    progress, held = os.path.join(out, "progress.log"), any(Path(out).glob("*.[bn]??"))
-    log = open(progress) if held and os.path.exists(progress) else ()  # where each shard begins
-    lines = [json.loads(line) for line in log if line.endswith("}\n")]  # not what a kill has torn
-    places = [p for p in lines if all(os.path.exists(shard_path(n)) for n in range(p["shard"]))]
-    here = argparse.Namespace(**places[-1] if places else dict(
-        made_of="unknown shards" if held else made_of,
-        commit=None, end=False, shard=0, file=0, batch=0, skip=0, documents=0, nulls=0, bytes=0))
-    if here.made_of != made_of:
-        sys.exit(f"--out={out} holds {here.made_of}, not {made_of}; choose another folder")
-    if here.end or here.shard >= shards:
-        sys.exit(print(f"nothing to do: {out} has its {here.shard} shards"))
-    here.commit, files = list_files(ready or source, not ready and subset, suffixes, here.commit)
+    run = fetch_pretokenized if args.pretokenized else make_shards
     try:
-        ready or tiktoken.get_encoding("gpt2")
-    except Exception as error:
-        sys.exit(f"no tokenizer; set TIKTOKEN_CACHE_DIR to a folder with GPT-2's: {error!r:.200}")
-    os.makedirs(out, exist_ok=True)
-    log = open(progress, "a")
-    if os.name == "posix":
-        import fcntl
-        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    print("\n" + json.dumps(vars(here)), file=log, flush=True)
-    if ready:
-        for name in sorted(files, key=lambda name: "val" not in name)[:shards]:
-            print(download(ready, here.commit, name, out))
-        sys.exit()
+        run(args)
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on")
+    except OSError as error:
+        sys.exit(f"{error}; the same command goes on")
 
-    def finish(tokens):  # notes where the next shard begins, then lets this one appear, whole
-        path = shard_path(here.shard)
-        here.shard, here.end = here.shard + (len(tokens) > 0), len(tokens) < shard_size
-        here.documents += int(np.count_nonzero(tokens == EOT))
-        print(json.dumps(vars(here)), file=log, flush=True)
-        try:
-            if len(tokens):
-                with open(path + ".tmp", "wb") as file:
-                    np.save(file, tokens)
-                    os.fsync(file.fileno())
-                os.replace(path + ".tmp", path)
-        except OSError as error:
-            Path(path + ".tmp").unlink(missing_ok=True)
-            raise OSError(f"{path}: {error}") from None
-    names, ends, loader = list(files), [*accumulate([*files.values(), 0])], ThreadPool(1)
-    fetch = functools.cache(lambda n: loader.apply_async(download, (source, here.commit, names[n])))
-    shard, start = np.empty(shard_size, np.uint16), time.time()
-    total = had = here.shard * shard_size
-    with tqdm(desc="read", unit="B", unit_scale=True, total=ends[-1], initial=here.bytes) as read, \
-         tqdm(desc="made", unit=" tokens", unit_scale=True, initial=had) as made:
-        results = in_order(read_source(fetch, names, here.file, here.batch), workers)
-        while here.shard < shards and (result := next(results, None)):
-            (here.file, here.batch, size, texts), tokens = result
-            while here.skip < len(tokens) and here.shard < shards:
-                part = tokens[here.skip:][:shard_size - total % shard_size]
-                shard[total % shard_size:][:len(part)] = part
-                total, here.skip = total + len(part), here.skip + len(part)
-                made.update(len(part))
-                if total % shard_size == 0:
-                    finish(shard)
-            read.update(size)
-            here.skip, here.nulls, here.bytes = 0, here.nulls + texts.count(None), here.bytes + size
-            made.total = min(total * ends[-1] // max(here.bytes, 1), shards * shard_size)
-            if total * ends[here.file] < shards * shard_size * here.bytes:  # more files are needed
-                fetch(min(here.file + 1, len(names) - 1))
-        if here.shard < shards:
-            finish(shard[:total % shard_size])
-    print(f"{here.documents:,} documents, {here.nulls:,} null, {total:,} tokens, {here.shard} "
-          f"shards, one for val; {(total - had) / (time.time() - start):,.0f} tokens/s")
+if __name__ == "__main__":
+    multiprocessing.set_start_method("spawn")
+    main()

@@ -1,14 +1,18 @@
-"""Times training steps: ours in its parts, and whole, in turns with those of other scripts.
+"""Times training steps of train_gpt2.py, in turns with those of other scripts.
 
 python tests/speed.py                                     the small GPT, on this machine
 python tests/speed.py --shape=gpt2 --B=64 --compile       GPT-2 (124M), on a GPU
 python tests/speed.py nanoGPT/model.py build-nanogpt/train_gpt2.py llm.c/train_gpt2.py
 
-Each script brings its own model and optimizer, and gets the same random tokens. Medians over the
-rounds; in each round every script makes --steps steps.
+Each script brings its own model and optimizer; the tokens, the clipping and the loss scaling of
+float16 are the same for all. In each round every script makes --steps steps; medians over the
+rounds. All use --dtype, by default ours; with --peers_dtype=default, each of the others uses what
+its own training uses on this device.
 """
 
 import argparse
+import contextlib
+import math
 import statistics
 import sys
 import time
@@ -21,24 +25,28 @@ from torch.nn.utils import clip_grad_norm_
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt2 as ours  # noqa: E402
 
-SHAPES = {"baby": (4, 4, 128, 64, 32, 256), "gpt2": (12, 12, 768, 1024, 1, 50304)}
+# n_layer, n_head, n_embd, T, B, vocab_size
+SHAPES = {"small": (4, 4, 128, 64, 32, 256), "gpt2": (12, 12, 768, 1024, 1, 50304)}
 
 parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
 parser.add_argument("peers", nargs="*", help="nanoGPT's model.py, the others' train_gpt2.py")
-parser.add_argument("--shape", choices=SHAPES, default="baby")
+parser.add_argument("--shape", choices=SHAPES, default="small")
 parser.add_argument("--B", type=int)
 parser.add_argument("--rounds", type=int, default=7)
-parser.add_argument("--steps", type=int, default=10)
+parser.add_argument("--steps", type=int, default=10, help="in each round")
 parser.add_argument("--device", default=ours.device)
-parser.add_argument("--dtype", choices=["float32", "bfloat16"], default=ours.dtype)
+parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
+parser.add_argument("--peers_dtype", choices=["same", "default"], default="same")
 parser.add_argument("--compile", action="store_true")
 args = parser.parse_args()
 
 n_layer, n_head, n_embd, T, B, vocab_size = SHAPES[args.shape]
 B = args.B or B
+shape = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, vocab_size=vocab_size, block_size=T)
+our_dtype = ours.default_dtype(args.device) if args.dtype == "auto" else args.dtype
 cuda = args.device == "cuda"
-autocast = torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16")
-torch.set_float32_matmul_precision("high" if cuda else "highest")
+if cuda:
+    torch.set_float32_matmul_precision("high")
 x, y = torch.randint(vocab_size, (2, B, T), device=args.device)
 
 
@@ -48,83 +56,121 @@ def clock():
     return time.perf_counter()
 
 
+def default_dtype(peer):
+    """What a script's own training uses on this device."""
+    if peer == "nanoGPT":  # no autocast on a CPU; on a GPU, whether bfloat16 is native or emulated
+        gpu = "bfloat16" if cuda and torch.cuda.is_bf16_supported() else "float16"
+        return gpu if cuda else "float32"
+    if peer == "build-nanogpt":
+        return "bfloat16"
+    if peer == "llm.c":
+        return "float32"
+    sys.exit(f"{peer}: its default dtype is not known here; leave out --peers_dtype=default")
+
+
 def load(path):
     """A module of another's definitions, without what it runs when it is imported."""
     source = Path(path).read_text().partition("\nimport tiktoken\n")[0]
     source = source.replace("\nfrom hellaswag import", "\n# ")  # it would be ours
     module = types.ModuleType(Path(path).resolve().parent.name)
     sys.modules[module.__name__] = module  # for its dataclasses
+    # what the scripts set when they run; llm.c's attention is fused if it is asked to
+    source += "\nmaster_process = False\nFLASH = 1\ndef print0(*_):\n    pass\n"
     exec(compile(source, path, "exec"), module.__dict__)
-    # what the scripts set when they run
-    module.__dict__.update(master_process=False, FLASH=1, print0=lambda *_: None)
     return module
 
 
-def build(path):
-    """A model, its optimizer, and a function of both that makes the loss."""
-    shape = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
-    if path in ("adamw", "muon"):
-        model = ours.GPT(ours.GPTConfig(T, vocab_size, **shape)).to(args.device)
-        optimizer = ours.make_optimizer(model, path, 0.1, (0.9, 0.95), 0.95)
-        for group in optimizer.param_groups:
-            group["lr"] = 1e-4
-        return f"ours, {path}", model, optimizer, lambda model: model(x, y)
-    module = load(path)
-    model = module.GPT(module.GPTConfig(block_size=T, vocab_size=vocab_size, **shape))
-    model = model.to(args.device)
-    how = {"weight_decay": 0.1, "learning_rate": 1e-4, "device_type": args.device}
-    names = module.GPT.configure_optimizers.__code__.co_varnames
-    how.update({k: v for k, v in {"betas": (0.9, 0.95), "zero_stage": 0}.items() if k in names})
-    return module.__name__, model, model.configure_optimizers(**how), lambda model: model(x, y)[1]
+class Script:
+    """A model, its optimizers, and the seconds that its steps have taken."""
 
+    def __init__(self, path):
+        if path in ("adamw", "muon"):
+            self.name, self.dtype = f"ours, {path}", our_dtype
+            self.kind = path
+            module = ours
+        else:
+            module = load(path)
+            self.name, self.dtype = module.__name__, our_dtype
+            if args.peers_dtype == "default":
+                self.dtype = default_dtype(self.name)
+        with contextlib.redirect_stdout(None):  # some count their parameters
+            self.build(module)
+        self.autocast = torch.autocast(
+            args.device, getattr(torch, self.dtype), enabled=self.dtype != "float32"
+        )
+        self.scaler = torch.amp.GradScaler(args.device, enabled=self.dtype == "float16")
+        self.forward = torch.compile(self.model) if args.compile else self.model
+        self.seconds = []
+        self.peak = 0.0  # GiB
+        self.run(3)  # warm-up
 
-def step(model, raw, optimizer, loss_of):
-    """One update -> seconds for forward, backward, clipping, the optimizer."""
-    times = [clock()]
-    with autocast:
-        loss = loss_of(model)
-    times.append(clock())
-    loss.backward()
-    times.append(clock())
-    clip_grad_norm_(raw.parameters(), 1.0)
-    times.append(clock())
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    times.append(clock())
-    return [after - before for before, after in zip(times, times[1:], strict=False)]
+    def build(self, module):
+        self.model = module.GPT(module.GPTConfig(**shape)).to(args.device)
+        if module is ours:
+            self.optimizers = ours.make_optimizers(self.model, self.kind, 0.1)
+        else:
+            how = {"weight_decay": 0.1, "learning_rate": 1e-4, "device_type": args.device}
+            known = module.GPT.configure_optimizers.__code__.co_varnames
+            for name, value in (("betas", (0.9, 0.95)), ("zero_stage", 0)):
+                if name in known:
+                    how[name] = value
+            self.optimizers = [self.model.configure_optimizers(**how)]
+        for opt in self.optimizers:
+            for group in opt.param_groups:
+                group["lr"] = 1e-4
 
+    def step(self):
+        with self.autocast:
+            loss = self.forward(x, y)
+            if isinstance(loss, tuple):
+                loss = loss[1]  # the others return their logits, too
+        self.scaler.scale(loss).backward()
+        for opt in self.optimizers:
+            self.scaler.unscale_(opt)
+        norm = clip_grad_norm_(self.model.parameters(), 1.0).item()
+        if math.isfinite(norm):
+            with self.autocast:
+                for opt in self.optimizers:
+                    opt.step()
+        self.scaler.update()
+        self.model.zero_grad(set_to_none=True)
 
-runs, seconds, parts, memory = {}, {}, {}, {}
-for path in ["adamw", "muon", *args.peers]:
-    name, raw, optimizer, loss_of = build(path)
-    model = torch.compile(raw) if args.compile else raw
-    runs[name] = model, raw, optimizer, loss_of
-    seconds[name], parts[name], memory[name] = [], [], 0.0
-    for _ in range(2):  # warm-up
-        step(*runs[name])
-for _ in range(args.rounds):
-    for name, run in runs.items():
+    def run(self, steps):
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         start = clock()
-        parts[name] += [step(*run) for _ in range(args.steps)]
-        seconds[name].append((clock() - start) / args.steps)
-        memory[name] = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
+        for _ in range(steps):
+            self.step()
+        seconds = (clock() - start) / steps
+        if cuda:
+            self.peak = torch.cuda.max_memory_allocated() / 2**30
+        return seconds
 
-gpu = torch.cuda.get_device_name() if cuda else "cpu"
-print(f"{gpu}, torch {torch.__version__}, {args.dtype}, compile {args.compile}, {B} x {T} tokens")
+
+scripts = []
+for path in ["adamw", "muon", *args.peers]:
+    try:
+        scripts.append(Script(path))
+    except torch.OutOfMemoryError:
+        print(f"{path}: out of memory at B={B}")
+for _ in range(args.rounds):
+    for script in scripts:
+        script.seconds.append(script.run(args.steps))
+
+machine = torch.cuda.get_device_name() if cuda else args.device
+print(
+    f"{machine}, torch {torch.__version__}, {B} x {T} tokens a step, "
+    f"{'compiled' if args.compile else 'not compiled'}, {args.rounds} rounds of {args.steps} steps"
+)
 if cuda:
-    print(f"cuDNN {torch.backends.cudnn.version()}; memory holds all the models at once")
-for name in runs:
-    median = statistics.median(seconds[name])
+    print(f"cuDNN {torch.backends.cudnn.version()}; the memory is that with all models loaded")
+for script in scripts:
+    seconds = statistics.median(script.seconds)
     ratio = statistics.median(
-        b / a for a, b in zip(seconds["ours, adamw"], seconds[name], strict=True)
+        theirs / first for theirs, first in zip(script.seconds, scripts[0].seconds, strict=True)
     )
-    forward, backward, clip, update = (
-        statistics.median(times) * 1e3 for times in zip(*parts[name], strict=True)
-    )
+    memory = f", {script.peak:.1f} GiB" if cuda else ""
     print(
-        f"{name:14s} {median * 1e3:8.1f} ms {B * T / median:10,.0f} tokens/s, "
-        f"{ratio:.2f} times ours with AdamW | forward {forward:.1f} backward {backward:.1f} "
-        f"clip {clip:.1f} optimizer {update:.1f}" + (f" | {memory[name]:.1f} GiB" if cuda else "")
+        f"{script.name:14s} {script.dtype:8s} {1000 * seconds:8.1f} ms a step, "
+        f"{B * T / seconds:9,.0f} tokens/s, {ratio:.2f} times the first{memory}"
     )

@@ -1,0 +1,66 @@
+"""
+Draws runs into one picture: their losses, and HellaSwag where they have it.
+
+    pip install matplotlib
+    python assets/plot.py log/gpt2 log/gpt2-1 --out=loss.png
+
+A line is the training loss, dots are the validation loss. Dashed lines are what OpenAI's models
+reach: GPT-2 (124M) on FineWeb-Edu's validation shard and on HellaSwag, GPT-3 (124M) on HellaSwag.
+"""
+import argparse
+import json
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+def read_log(log_dir):
+    """Returns the constants of a run, and its events."""
+    lines = Path(log_dir, "log.jsonl").read_text().splitlines()
+    first, *events = map(json.loads, lines)
+    return first["constants"], events
+
+def draw(axes, events, name, **style):
+    """Draws one series of the log, say val_loss, over the steps."""
+    points = [(event["step"], event[name]) for event in events if name in event]
+    axes.plot([step for step, _ in points], [value for _, value in points], **style)
+
+def draw_reference(axes, value, label):
+    axes.axhline(value, color="gray", linestyle="--", linewidth=1)
+    axes.annotate(label, (0, value), xycoords=("axes fraction", "data"),
+                  xytext=(4, 3), textcoords="offset points", color="gray")
+
+parser = argparse.ArgumentParser(usage=__doc__)
+parser.add_argument("log_dirs", nargs="+", metavar="log_dir")
+parser.add_argument("--out", default="loss.png")
+args = parser.parse_args()
+
+runs = {log_dir: read_log(log_dir) for log_dir in args.log_dirs}
+with_hellaswag = any("hellaswag" in event for _, events in runs.values() for event in events)
+n_plots = 2 if with_hellaswag else 1
+figure, (plots,) = plt.subplots(1, n_plots, figsize=(7 * n_plots, 4.5), squeeze=False)
+
+losses = []
+for i, (log_dir, (_, events)) in enumerate(runs.items()):
+    style = dict(color=f"C{i}", marker="o", markersize=4, label=Path(log_dir).name)
+    losses += [event["train_loss"] for event in events if "train_loss" in event]
+    draw(plots[0], events, "train_loss", color=f"C{i}", linewidth=0.8)
+    draw(plots[0], events, "val_loss", **style, linestyle="")
+    if with_hellaswag:
+        draw(plots[1], events, "hellaswag", **style)
+
+# the first steps would leave no room for the others
+losses.sort()
+if losses:
+    plots[0].set_ylim(top=losses[int(0.96 * len(losses))])
+# 3.29 is a loss per token of GPT-2, on shards
+if any(c["model"]["vocab_size"] > 256 and not Path(c["data"]).suffix for c, _ in runs.values()):
+    draw_reference(plots[0], 3.29, "GPT-2 (124M) on FineWeb-Edu")
+if with_hellaswag:
+    draw_reference(plots[1], 0.2955, "GPT-2 (124M)")
+    draw_reference(plots[1], 0.337, "GPT-3 (124M)")
+
+for axes, title in zip(plots, ("loss", "HellaSwag, acc_norm"), strict=False):
+    axes.set(xlabel="step", title=title)
+    axes.legend()
+figure.savefig(args.out, dpi=120, bbox_inches="tight")
+print(args.out)

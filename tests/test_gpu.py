@@ -1,0 +1,232 @@
+"""What a GPU needs, as far as it shows without one: graphs, FLOPs, float16; and tests/gpu.py."""
+
+import inspect
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import (
+    ROOT,
+    TINY,
+    assert_same_state,
+    assert_same_tensors,
+    load,
+    log_of,
+    mistake,
+    series,
+    train,
+)
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import train_gpt2
+from train_gpt2 import GPT, GPTConfig
+
+# the script with a compiler that keeps the graphs as they are, and counts of them at the end
+COUNTING = """
+import json, os, runpy, sys
+from functools import partial
+import torch
+torch.compile = partial(torch.compile, backend="eager")
+counts, sys.argv = sys.argv[1], sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+from torch._dynamo.utils import counters
+with open(f"{counts}.{os.environ.get('RANK', 0)}", "w") as file:
+    graphs = counters["stats"]["unique_graphs"]
+    json.dump({"graphs": graphs, "breaks": counters["graph_break"]}, file)
+"""
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_one_graph_to_train_and_one_to_evaluate(text, tmp_path, processes):
+    """No graph break, and nothing compiled again while steps, evaluations, samples and seeds
+    alternate; in DDP neither."""
+    (tmp_path / "counting.py").write_text(COUNTING)
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    flags = [*TINY, f"--data={text}", f"--log_dir={tmp_path}/log", "--compile=1", "--dropout=0.1"]
+    flags += ["--max_steps=9", "--val_every=3", "--sample_every=2", "--val_steps=2"]
+    result = subprocess.run(
+        [*launcher, tmp_path / "counting.py", tmp_path / "counts", ROOT / "train_gpt2.py", *flags],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    assert len(series(tmp_path / "log", "val_loss")) == 4
+    for rank in range(processes):
+        counts = json.loads((tmp_path / f"counts.{rank}").read_text())
+        assert counts == {"graphs": 2, "breaks": {}}
+
+
+@pytest.mark.parametrize("shape", [(12, 12, 768), (24, 16, 1024)])
+def test_flops_per_token(shape):
+    """The formula behind the mfu, against a count of the products, forward and backward.
+
+    Both count attention's products in full, though a causal kernel can skip half. The formula
+    takes each of the vectors (biases, LayerNorms) for a row of a matrix, which the count does
+    not: that is all the difference, 0.1%."""
+    n_layer, n_head, n_embd = shape
+    B, T = 2, 1024
+    with FakeTensorMode():  # shapes without numbers
+        model = GPT(GPTConfig(T, 50304, n_layer, n_head, n_embd))
+        idx = torch.zeros(B, T, dtype=torch.long)
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model(idx, idx).backward()
+    source = inspect.getsource(train_gpt2)
+    [line] = [line for line in source.splitlines() if "flops_per_token =" in line]
+    n_params = sum(p.numel() for p in model.parameters())
+    names = {"n_params": n_params, "c": model.config, "T": T}
+    formula = eval(line.partition("=")[2], names)
+    vectors = sum(p.numel() for p in model.parameters() if p.dim() == 1)
+    assert counter.get_total_flops() == B * T * (formula - 6 * vectors)
+    assert 6 * vectors < 0.002 * formula
+
+
+# float16 ---------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def float16_run(text, tmp_path_factory):
+    """A run of 20 steps: its folder, and flags to continue a copy of it."""
+    log_dir = tmp_path_factory.mktemp("float16") / "log"
+    flags = [f"--data={text}", "--dtype=float16", "--save_every=5", "--keep=0"]
+    train(*flags, f"--log_dir={log_dir}", "--max_steps=20")
+    return log_dir, flags
+
+
+def copy_until(log_dir, to, step, scale=None, weight=None):
+    """A run that has come to a step, with another scale or weight planted in its checkpoint."""
+    to.mkdir()
+    shutil.copy(log_dir / "log.jsonl", to)
+    name = f"ckpt_{step:06d}.pt"
+    checkpoint = load(log_dir / name)
+    if scale is not None:
+        checkpoint["scaler"]["scale"] = scale
+    if weight is not None:
+        checkpoint["model"]["transformer.ln_f.weight"].fill_(weight)
+    torch.save(checkpoint, to / name)
+    return to
+
+
+def test_float16_learns_as_float32(text, float16_run, tmp_path):
+    log_dir, _ = float16_run
+    train(f"--data={text}", f"--log_dir={tmp_path}/log", "--max_steps=20")
+    expected = series(tmp_path / "log", "train_loss")
+    losses = series(log_dir, "train_loss")
+    assert losses != expected, "not float16"
+    assert losses == pytest.approx(expected, abs=0.01)
+    assert losses[19] < losses[0] - 0.3
+
+
+def test_float16_resumes_exactly(float16_run, tmp_path):
+    """Also the scale, which an overflow has changed, and the steps until it grows."""
+    log_dir, flags = float16_run
+    whole = copy_until(log_dir, tmp_path / "whole", 5, scale=2.0**24)
+    train(*flags, f"--log_dir={whole}", "--max_steps=20", "--init_from=resume")
+    half = copy_until(whole, tmp_path / "half", 15)
+    before = load(half / "ckpt_000015.pt")["scaler"]
+    assert before["scale"] < 2.0**24 and before["_growth_tracker"] > 0
+    train(*flags, f"--log_dir={half}", "--max_steps=20", "--init_from=resume")
+    assert_same_state(whole / "ckpt_000020.pt", half / "ckpt_000020.pt")
+    after = load(half / "ckpt_000020.pt")["scaler"]
+    assert after == load(whole / "ckpt_000020.pt")["scaler"]
+    assert after["_growth_tracker"] == before["_growth_tracker"] + 5
+
+
+def test_an_overflow_is_skipped(float16_run, tmp_path):
+    """Each step that overflows halves the scale and changes nothing else; then it goes on. On two
+    processes, too: the losses are means over both, so that an update on either would show."""
+    log_dir, flags = float16_run
+    losses = []
+    # of two processes, each has half the rows, with twice the gradient: at half the scale, they
+    # overflow where one process does
+    for processes, scale in ((1, 2.0**24), (2, 2.0**23)):
+        planted = copy_until(log_dir, tmp_path / f"log-{processes}", 10, scale=scale)
+        how = {"processes": processes} if processes > 1 else {}
+        more = [f"--log_dir={planted}", "--init_from=resume", "--save_every=1", "--max_steps=20"]
+        train(*flags, *more, **how)
+        norms = series(planted, "grad_norm")
+        skipped = [step for step in norms if not math.isfinite(norms[step])]
+        assert skipped == list(range(10, 10 + len(skipped))) and 2 <= len(skipped) <= 6
+
+        before = load(planted / "ckpt_000010.pt")
+        for step in range(10, 20):
+            after = load(planted / f"ckpt_{step + 1:06d}.pt")
+            states = [[opt["state"] for opt in c["optimizers"]] for c in (before, after)]
+            if step in skipped:
+                assert after["scaler"]["scale"] == before["scaler"]["scale"] / 2
+                assert_same_tensors(after["model"], before["model"])
+                assert_same_tensors(*states)
+            else:
+                weights = [c["model"]["lm_head.weight"] for c in (before, after)]
+                assert not torch.equal(*weights)
+            before = after
+        losses.append(series(planted, "train_loss"))
+    assert losses[1] == pytest.approx(losses[0], abs=0.005)
+
+
+def test_overflows_without_end_stop_the_run(float16_run, tmp_path):
+    """A weight is infinite: the scale falls from 4 to 1, and then one line names the step."""
+    log_dir, flags = float16_run
+    planted = copy_until(log_dir, tmp_path / "log", 10, scale=4.0, weight=math.inf)
+    line = mistake(*flags, f"--log_dir={planted}", "--init_from=resume", "--max_steps=20")
+    assert line.startswith("step 12: loss nan, gradient norm nan: stopped")
+    assert [event["step"] for event in log_of(planted)][-2:] == [10, 11]
+
+
+def test_resume_in_float16_after_another_dtype(text, tmp_path):
+    """As on another card: the run before had no scale."""
+    flags = [f"--data={text}", f"--log_dir={tmp_path}/log"]
+    train(*flags, "--max_steps=5")
+    train(*flags, "--max_steps=10", "--init_from=resume", "--dtype=float16")
+    train(*flags, "--max_steps=15", "--init_from=resume", "--dtype=float32")
+    assert len(series(tmp_path / "log", "train_loss")) == 15
+
+
+PEER = """
+import torch
+import train_gpt2
+from train_gpt2 import GPTConfig
+class GPT(train_gpt2.GPT):
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        return torch.optim.AdamW(self.parameters(), lr=learning_rate)
+    def forward(self, x, y):
+        return None, super().forward(x, y)
+"""
+
+
+def test_the_measurement_in_small(tmp_path):
+    """tests/gpu.py prints its table, times another script, and leaves the repository as it is."""
+
+    def files():
+        caches = {".git", ".pytest_cache", ".ruff_cache", "__pycache__"}  # may be this pytest's
+        return {path for path in ROOT.rglob("*") if caches.isdisjoint(path.parts)}
+
+    before = files()
+    (tmp_path / "nanoGPT").mkdir()
+    (tmp_path / "nanoGPT" / "model.py").write_text(PEER)
+    result = subprocess.run(
+        [sys.executable, ROOT / "tests" / "gpu.py", "--small", tmp_path / "nanoGPT" / "model.py"],
+        capture_output=True,
+        text=True,
+        timeout=300,  # half a minute on an idle machine
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    lines = result.stdout.splitlines()
+    table = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
+    values = {name: more for name, *more in table}
+    for name in ("tokens/s", "s to the first step, compiled before"):
+        assert len(values[name]) == 2  # AdamW, Muon
+        assert all(float(value.replace(",", "")) > 0 for value in values[name])
+    for name in ("CUDA tests", "s for an evaluation", "s for HellaSwag", "s for 2 samples"):
+        assert any(line.startswith(f"| {name}") for line in lines), name
+    speeds = [line for line in lines if "times the first" in line]
+    assert [line[:13].rstrip() for line in speeds] == ["ours, adamw", "ours, muon", "nanoGPT"]
+    assert files() == before
