@@ -1,7 +1,6 @@
-"""
-Trains GPT-2 from scratch: constants, model, data, optimizers, evaluation, checkpoints, run.
+"""Trains GPT-2 from scratch: constants, model, data, optimizers, evaluation, checkpoints, run.
 
-On a laptop this trains a small GPT on the bytes of input.txt (Shakespeare) in three minutes.
+On a laptop it trains a small GPT on the bytes of input.txt (Shakespeare) in three minutes.
 With shards of tokens in edu_fineweb10B/, which fineweb.py makes, it trains GPT-2 (124M):
     python train_gpt2.py
 On eight GPUs, and on two nodes of eight (the second with --node_rank=1):
@@ -76,9 +75,9 @@ val_steps = 20             # evaluate on 20 * total_batch_size tokens, always th
 hella_every = 500          # HellaSwag
 sample_every = 500
 save_every = 1000
-keep = 3                   # the newest checkpoints, besides one in 5000 steps; 0 keeps all
+keep = 3                   # newest checkpoints to keep, plus every 5000th step; 0 keeps all
 
-prompt = "Hello, I'm a language model,"  # or @FILE
+prompt = "Hello, I'm a language model,"
 n_samples = 2
 sample_tokens = 128        # tokens after the prompt
 temperature = 0.8          # below 1, likely tokens become likelier
@@ -91,16 +90,15 @@ timeout = 600              # seconds to wait for another process before giving u
 wandb_log = False
 wandb_project = "gpt2"
 
-# a text file replaces these: a small GPT that reads bytes, three minutes on two CPU cores
-small_gpt = dict(
-    encoding="bytes", log_dir="log/baby", n_layer=4, n_head=4, n_embd=128, T=64, B=32,
-    total_batch_size=2048, optimizer="muon", max_lr=8e-3, min_lr=5e-4, warmup_steps=50,
-    max_steps=900, log_every=20, val_every=300, val_steps=100, sample_every=300, save_every=300,
-    prompt="\n", sample_tokens=256)
-# a text file and somebody's GPT-2 replace these: a short fine-tuning
-fine_tuning = dict(
-    log_dir="log/finetuned", dropout=0.1, total_batch_size=16384, B=4, max_lr=3e-5, min_lr=3e-6,
-    warmup_steps=10, max_steps=100, val_every=25, hella_every=0, sample_every=50, save_every=50)
+# for a text file, unless flags say otherwise: a small GPT on bytes, 3 minutes on 2 cores
+small_gpt = dict(encoding="bytes", log_dir="log/baby", n_layer=4, n_head=4, n_embd=128, T=64,
+    B=32, total_batch_size=2048, optimizer="muon", max_lr=8e-3, min_lr=5e-4, warmup_steps=50,
+    max_steps=900, log_every=20, val_every=300, val_steps=100, sample_every=300,
+    save_every=300, prompt="\n", sample_tokens=256)
+# for a text file and somebody's GPT-2, unless flags say otherwise: a short fine-tuning
+fine_tuning = dict(log_dir="log/finetuned", dropout=0.1, total_batch_size=16384, B=4,
+    max_lr=3e-5, min_lr=3e-6, warmup_steps=10, max_steps=100, val_every=25, hella_every=0,
+    sample_every=50, save_every=50)
 CHOICES = {"optimizer": ("adamw", "muon"), "encoding": ("gpt2", "bytes"),
            "dtype": ("auto", "bfloat16", "float16", "float32"), "device": ("cuda", "mps", "cpu")}
 constants = {k: v for k, v in globals().items() if k[0] != "_" and isinstance(v, (int, float, str))}
@@ -118,13 +116,13 @@ class GPTConfig:
 class CausalSelfAttention(nn.Module):
     """Lets each position gather information from itself and the positions before it.
     Each has a query (what it looks for), a key (what it can be found by) and a value (what
-    it passes on). It receives the average of the values, weighted by how well their keys match
+    it passes on). It receives the average of the values, weighted by how well the keys match
     its query: softmax(q k^T / sqrt(C/H)) v. The H heads do this side by side."""
     def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
         self.dropout = config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # q, k and v in one product
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # q, k, v in one product
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x):
@@ -133,7 +131,7 @@ class CausalSelfAttention(nn.Module):
         # (B, T, C) -> (B, H, T, C/H)
         q, k, v = (z.view(B, T, self.n_head, -1).transpose(1, 2) for z in (q, k, v))
 
-        # on a CPU in float32: in bfloat16, the backward pass takes several times as long
+        # only for speed on a CPU, whose backward pass is slow in bfloat16; no effect on a GPU
         with torch.autocast("cpu", enabled=False):
             if x.device.type == "cpu":
                 q, k, v = q.float(), k.float(), v.float()
@@ -191,12 +189,11 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)
 
     def hidden(self, idx):
-        """Token ids (B, T), T <= block_size -> states after the last LayerNorm, (B, T, C)."""
-        T = idx.shape[1]
+        """Ids (B, T), T <= block_size -> states after the last LayerNorm, (B, T, C)."""
         tok_emb = self.transformer.wte(idx)  # (B, T, C)
-        pos_emb = self.transformer.wpe.weight[:T]  # (T, C): attention alone knows no order
+        pos_emb = self.transformer.wpe.weight[:idx.shape[1]]  # (T, C): attention knows no order
         x = tok_emb + pos_emb
-        if torch.is_autocast_enabled(x.device.type):  # 16 bits take half the traffic
+        if torch.is_autocast_enabled(x.device.type):  # only for speed
             x = x.to(torch.get_autocast_dtype(x.device.type))
         x = self.transformer.drop(x)
         for block in self.transformer.h:
@@ -212,7 +209,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, generator=None):
-        """Ids (B, T) -> ids (B, T + max_new_tokens). The generator is on the ids' device."""
+        """Ids (B, T) -> ids (B, T + max_new_tokens). A generator is on their device."""
         for _ in range(max_new_tokens):
             last = self.hidden(idx[:, -self.config.block_size:])[:, -1]  # (B, C)
             logits = self.lm_head(last)[:, :self.n_tokens].float() / max(temperature, 1e-6)
@@ -226,7 +223,7 @@ class GPT(nn.Module):
 
 # Hugging Face's format -------------------------------------------------------
 def transpose_conv1d(state):
-    """OpenAI's code has these weights as (in, out), nn.Linear as (out, in). Works both ways."""
+    """OpenAI's weights are (in, out), those of nn.Linear (out, in). Works both ways."""
     conv1d = "attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight"
     return {name: p.t() if name.endswith(conv1d) else p for name, p in state.items()}
 
@@ -270,33 +267,17 @@ def read_text(path, encoding):
     text = open(path, encoding="utf-8", errors="replace").read()
     return np.array(get_tokenizer(encoding).encode_ordinary(text), dtype=np.uint16)
 
-def open_shard(path):
-    """The tokens of a .npy, or of a .bin as in llm.c, memory-mapped. Exits if it is damaged."""
-    with open(path, "rb") as file:
-        try:
-            if path.endswith(".npy"):
-                np.lib.format.read_magic(file)
-                shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-            else:
-                magic, version, count = np.frombuffer(file.read(1024), "<i4")[:3].tolist()
-                shape, dtype = (count,), "<u2" if (magic, version) == (20240520, 1) else "?"
-            found = (os.path.getsize(path) - file.tell()) / 2
-            assert shape == (found,), f"expected {shape} tokens, found {found:g}"
-            assert dtype == "<u2", f"{dtype} instead of uint16"
-        except Exception as error:  # a damaged header can lead to any kind of error
-            sys.exit(f"{path}: not a shard of tokens from fineweb.py: {error!s:.200}")
-        return np.memmap(path, "<u2", mode="r", offset=file.tell(), shape=shape)
-
 def load_split(data, split, encoding):
-    """"train" or "val" -> [(file name, tokens)]. The last tenth of a text is "val"."""
+    """[(name, tokens)] for the split train or val: a folder's shards, or a part of a text."""
     shards = []
     if os.path.isdir(data):
         for name in sorted(os.listdir(data)):
+            # edu_train_000001.npy consists of the words edu, train and npy
             if name.endswith((".npy", ".bin")) and split in re.split("[^a-z]+", name):
                 shards.append((name, open_shard(f"{data}/{name}")))
     elif os.path.isfile(data) and not data.endswith((".npy", ".bin")):
         tokens = read_text(data, encoding)
-        n_train = len(tokens) - len(tokens) // 10
+        n_train = len(tokens) - len(tokens) // 10  # the last tenth is for validation
         tokens = tokens[:n_train] if split == "train" else tokens[n_train:]
         shards.append((os.path.basename(data), tokens))
     if not shards:
@@ -304,15 +285,17 @@ def load_split(data, split, encoding):
     return shards
 
 @functools.lru_cache(maxsize=8)
-def permutation(n, seed, *more):
-    """The numbers below n in an order that depends on the seed; with None, in their own order."""
-    return np.arange(n) if seed is None else np.random.default_rng([seed, *more]).permutation(n)
+def permutation(n, seed, epoch, *shard):
+    """The numbers below n, shuffled anew for each epoch and shard; without a seed, in order."""
+    if seed is None:
+        return np.arange(n)
+    return np.random.default_rng([seed, epoch, *shard]).permutation(n)
 
 class TokenLoader:
     """Serves windows of T + 1 tokens, in an order that depends on the seed alone.
-    Each epoch visits the shards in a new order, and the windows of each shard in a new order,
-    cut at a new offset. Resuming only needs the step, and any number of processes, with any B,
-    trains on the same tokens. Without a seed, the windows come as they are in the files."""
+    Each epoch has a new order of the shards and of the windows in each, cut at a new offset.
+    So resuming needs only the step, and any number of processes, with any B, trains on the
+    same tokens. Without a seed, for validation, nothing is shuffled."""
     def __init__(self, shards, B, T, rank, world_size, device, seed=None):
         self.B, self.T = B, T
         self.rank, self.world_size = rank, world_size
@@ -326,7 +309,7 @@ class TokenLoader:
         self.checksum = zlib.crc32(repr([(name, len(t)) for name, t in shards]).encode())
 
     def window(self, place):
-        """T + 1 tokens: the window at a place of the endless order, which goes epoch by epoch."""
+        """T + 1 tokens: the window at a place in the order of all epochs in a row."""
         epoch, place = divmod(place, self.n_windows)
         for shard in permutation(len(self.shards), self.seed, epoch).tolist():
             if place < self.counts[shard]:
@@ -335,7 +318,8 @@ class TokenLoader:
         window = permutation(self.counts[shard], self.seed, epoch, shard)[place]
 
         name, tokens = self.shards[shard]
-        offset = int(0.618 * self.T * epoch) % self.T  # each epoch cuts the text elsewhere
+        # each epoch cuts elsewhere; the last window of a shard may overlap the one before
+        offset = int(0.618 * self.T * epoch) % self.T
         start = min(window * self.T + offset, len(tokens) - self.T - 1)
         ids = tokens[start:start + self.T + 1]
         if ids.max() >= GPTConfig.vocab_size:
@@ -343,16 +327,34 @@ class TokenLoader:
         return ids
 
     def batch(self, n):
-        """This rank's n-th micro-batch: inputs and the tokens after them, int64 (B, T) each."""
+        """This rank's n-th micro-batch: inputs and the tokens after them, (B, T) each."""
         first = (n * self.world_size + self.rank) * self.B
         windows = [self.window(i) for i in range(first, first + self.B)]
-        tokens = torch.from_numpy(np.stack(windows).astype(np.int64))  # (B, T + 1)
-        return tokens[:, :-1].to(self.device), tokens[:, 1:].to(self.device)
+        tokens = torch.from_numpy(np.stack(windows).astype(np.int64)).to(self.device)
+        return tokens[:, :-1], tokens[:, 1:]  # views, one token apart
+
+def open_shard(path):
+    """The tokens of a .npy, or an llm.c .bin, memory-mapped. Exits if it is damaged."""
+    with open(path, "rb") as file:
+        try:
+            if path.endswith(".npy"):
+                np.lib.format.read_magic(file)
+                shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+            else:
+                magic, version, count = np.frombuffer(file.read(1024), "<i4")[:3].tolist()
+                assert (magic, version) == (20240520, 1), "another header than llm.c's"
+                shape, dtype = (count,), "<u2"
+            found = (os.path.getsize(path) - file.tell()) / 2
+            assert shape == (found,), f"expected {shape} tokens, found {found}"
+            assert dtype == "<u2", f"{dtype} instead of uint16"
+        except Exception as error:  # a damaged header can lead to any kind of error
+            sys.exit(f"{path}: not a shard of tokens from fineweb.py: {error!s:.200}")
+        return np.memmap(path, "<u2", mode="r", offset=file.tell(), shape=shape)
 
 # optimizers and schedule -----------------------------------------------------
 def orthogonalize(m):
-    """Matrices U S V^T (..., rows, columns) -> about U V^T: all singular values come near 1.
-    Each round turns a singular value s into 3.4445 s - 4.7750 s^3 + 2.0315 s^5 (Jordan 2024)."""
+    """Matrices U S V^T (..., rows, columns) -> about U V^T: all singular values near 1.
+    A round turns a singular value s into 3.4445 s - 4.7750 s^3 + 2.0315 s^5 (Jordan 2024)."""
     if m.shape[-2] > m.shape[-1]:
         return orthogonalize(m.mT).mT  # the smaller Gram matrix
     x = m / (m.norm(dim=(-2, -1), keepdim=True) + 1e-7)
@@ -362,8 +364,8 @@ def orthogonalize(m):
     return x
 
 class Muon(torch.optim.Optimizer):
-    """Moves each matrix along its averaged gradient, made orthogonal: it learns rare directions
-    as fast as common ones (Jordan 2024, kellerjordan.github.io/posts/muon)."""
+    """Moves each matrix along its averaged gradient, made orthogonal: it learns rare
+    directions as fast as common ones (Jordan 2024, kellerjordan.github.io/posts/muon)."""
     def __init__(self, params, weight_decay, momentum=0.95):
         super().__init__(params, dict(lr=0.0, weight_decay=weight_decay, momentum=momentum))
 
@@ -377,7 +379,7 @@ class Muon(torch.optim.Optimizer):
             for p in matrices:
                 average = self.state[p].setdefault("average", torch.zeros_like(p))
                 average.lerp_(p.grad, 1 - group["momentum"])
-                directions.append(p.grad.lerp(average, group["momentum"]))  # Nesterov: one ahead
+                directions.append(p.grad.lerp(average, group["momentum"]))  # Nesterov
             stack = torch.stack(directions)
             if rows == 3 * columns:
                 rows = columns  # c_attn is three maps, for q, k and v, in one product
@@ -389,21 +391,18 @@ class Muon(torch.optim.Optimizer):
                 p.sub_(direction, alpha=group["lr"])
 
 def make_optimizers(model, name, weight_decay):
-    """AdamW for everything, or Muon for the matrices in the blocks and AdamW for the rest."""
-    parameters = dict(model.named_parameters())
-    vectors = [p for p in parameters.values() if p.dim() != 2]  # biases and LayerNorms
-    in_blocks = [p for n, p in parameters.items() if p.dim() == 2 and ".h." in n]
-    embeddings = [p for n, p in parameters.items() if p.dim() == 2 and ".h." not in n]
-
+    """AdamW for everything, or Muon for the matrices in the blocks, AdamW for the rest."""
+    vectors = [p for p in model.parameters() if p.dim() != 2]  # biases and LayerNorms
+    in_blocks = [p for p in model.transformer.h.parameters() if p.dim() == 2]
+    embeddings = [model.transformer.wte.weight, model.transformer.wpe.weight]
     decayed = embeddings if name == "muon" else embeddings + in_blocks
     groups = [{"params": decayed}, {"params": vectors, "weight_decay": 0.0}]
-    # betas as for GPT-3; the loop sets lr
-    how = dict(lr=0.0, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
-    adamw = torch.optim.AdamW(groups, **how)
+    # betas as for GPT-3; the loop sets the learning rate
+    adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
     return [adamw, Muon(in_blocks, weight_decay)] if name == "muon" else [adamw]
 
 def get_lr(step, max_lr, min_lr, warmup_steps, max_steps):
-    """A linear warmup, as large steps from random weights diverge, then a cosine to min_lr."""
+    """A linear warmup, as large first steps diverge, then a cosine to min_lr."""
     if step < warmup_steps:
         return max_lr * (step + 1) / warmup_steps
     decay_ratio = min(1, (step - warmup_steps) / max(1, max_steps - warmup_steps))
@@ -423,17 +422,18 @@ def mean_over_ranks(values, device):
     return means.tolist()
 
 @torch.no_grad()
-def evaluate(model, loader, steps):
-    """The mean loss (nats per token) over the first `steps` micro-batches of each rank."""
+def evaluate(model, loader, n_batches):
+    """The mean loss (nats per token) over each rank's first n_batches micro-batches."""
     model.eval()
     loss_accum = 0.0
-    for n in range(steps):
-        loss_accum += model(*loader.batch(n)).item() / steps
+    for n in range(n_batches):
+        x, y = loader.batch(n)
+        loss_accum += model(x, y).item() / n_batches
     model.train()
     return mean_over_ranks([loss_accum], loader.device)[0]
 
 def sample(model, tokenizer, prompt, n_samples, seed):
-    """Continues the prompt n_samples times; the same weights and seed give the same texts."""
+    """n_samples texts from the prompt. The constants sample_tokens, temperature, top_k say how."""
     model.eval()
     device = model.lm_head.weight.device
     start = tokenizer.encode(prompt or "<|endoftext|>", allowed_special="all")
@@ -446,13 +446,12 @@ def sample(model, tokenizer, prompt, n_samples, seed):
 
 # log and checkpoints ---------------------------------------------------------
 # dense FLOP/s in 16 bits, from the data sheets; the first name found in a GPU's own counts
-PEAK_FLOPS = {
-    "T4": 65e12, "V100": 125e12, "L4": 121e12, "L40S": 362e12, "A10": 125e12, "A100": 312e12,
-    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12,
-    "RTX 3090": 71e12, "RTX 4090": 165e12, "RTX 5090": 209e12, "MI300X": 1307e12}
+PEAK_FLOPS = {"T4": 65e12, "V100": 125e12, "L4": 121e12, "L40S": 362e12, "A10": 125e12,
+    "A100": 312e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12,
+    "B200": 2250e12, "RTX 3090": 71e12, "RTX 4090": 165e12, "RTX 5090": 209e12, "MI300X": 1307e12}
 
 def get_peak_flops(device):
-    """"NVIDIA A100-SXM4-80GB" -> 312e12; None for a device that is not listed."""
+    """312e12 for "NVIDIA A100-SXM4-80GB"; None for a device that is not listed."""
     names = [n for n in PEAK_FLOPS if re.search(rf"\b{n}\b(?!.*(Laptop|MIG))", device)]
     return PEAK_FLOPS[names[0]] if names else None
 
@@ -484,7 +483,7 @@ def checkpoint_paths(log_dir):
     return {step: f"{log_dir}/ckpt_{step:06d}.pt" for step in steps}
 
 def save_checkpoint(log_dir, checkpoint, keep, final):
-    """Writes a checkpoint and removes older ones. If it can't, it warns, or raises if final."""
+    """Writes a checkpoint, removes older ones. If it can't, it warns, or raises if final."""
     path = f"{log_dir}/ckpt_{checkpoint['step']:06d}.pt"
     try:
         # written beside it and renamed, so that a kill never leaves half a checkpoint
@@ -493,11 +492,12 @@ def save_checkpoint(log_dir, checkpoint, keep, final):
             file.flush()
             os.fsync(file.fileno())
         os.replace(path + ".tmp", path)
-    except (OSError, RuntimeError) as error:  # to torch, a full disk is a RuntimeError
+    except (OSError, RuntimeError) as error:
         if os.path.exists(path + ".tmp"):
             os.remove(path + ".tmp")
         if final:
             raise
+        # torch turns a full disk's OSError into a RuntimeError, whose context still names it
         print(f"warning: {path} can't be saved: {error.__context__ or error}")
         return
     # leaves later ones alone: they were damaged, or the run would have resumed from them
@@ -518,9 +518,10 @@ def load_checkpoint(log_dir):
             print(f"warning: skipping {path}, it does not load: {error!r:.200}")
     if paths:
         sys.exit(f"no checkpoint in {log_dir} loads; start anew with --init_from=scratch")
+    print(f"no checkpoint in {log_dir}")
 
 def check_resume(config, saved):
-    """Exits where a resumed run would have another model, optimizer or order of the data."""
+    """Exits where a resumed run would have another model, optimizer or order of data."""
     fixed = "checksum encoding seed T total_batch_size n_layer n_head n_embd optimizer".split()
     changed = [f"{k} was {saved[k]}, is {config[k]}" for k in fixed if saved[k] != config[k]]
     if changed:
@@ -528,7 +529,7 @@ def check_resume(config, saved):
 
 # the launch ------------------------------------------------------------------
 def parse_flag(arg):
-    """"--B=16" -> ("B", 16). Exits if there is no such constant, or the value does not fit."""
+    """Turns "--B=16" into ("B", 16). Exits if the name or the type is no constant's."""
     name, _, text = arg.removeprefix("--").partition("=")
     if name not in constants:
         nearest = difflib.get_close_matches(name, constants, n=1, cutoff=0)[0]
@@ -557,7 +558,7 @@ def constants_of_launch(args):
     return launch
 
 def default_dtype(device):
-    """The fastest dtype that a device multiplies in natively; old GPUs only emulate bfloat16."""
+    """The fastest dtype the device multiplies in natively; old GPUs emulate bfloat16."""
     if device == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return "bfloat16" if native else "float16"
@@ -566,11 +567,10 @@ def default_dtype(device):
 
 def setup_distributed(device, rank, world_size, timeout):
     """Connects the processes that torchrun has started, one for each GPU."""
-    backend, gpu = "gloo", None
-    if device == "cuda":
-        backend, gpu = "nccl", torch.device("cuda", torch.cuda.current_device())
-    # torchrun restarts all processes where one dies, but its store keeps the old addresses: each
-    # attempt meets under a prefix. Nodes count their attempts apart: with several, see README.md
+    backend = "nccl" if device == "cuda" else "gloo"
+    gpu = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else None
+    # after a restart, torchrun's store still has the addresses of the dead processes: each
+    # attempt meets under a prefix. Nodes count attempts apart, so several have none (README.md)
     one_node = int(os.environ["LOCAL_WORLD_SIZE"]) == world_size
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "") if one_node else ""
     store = dist.PrefixStore(attempt, next(dist.rendezvous("env://"))[0])
@@ -585,9 +585,8 @@ def fit_batch(B, T, total_batch_size, world_size):
     return max(b for b in range(1, min(B, share) + 1) if share % b == 0)
 
 stop_signals = []  # when they came
-
 def on_stop_signal(number, frame):
-    """Lets the step end, to save it. A second signal exits, unless it came with the first."""
+    """Lets the step end, to save it. A second signal exits, unless it comes at once."""
     stop_signals.append(time.monotonic())
     if stop_signals[-1] - stop_signals[0] > 0.5:
         os._exit(1)
@@ -596,8 +595,8 @@ def on_stop_signal(number, frame):
 if __name__ == "__main__":
     constants = constants_of_launch(sys.argv[1:])
     globals().update(constants)
-    if min(B, T, n_head, val_steps) == 0 or n_embd % n_head != 0:
-        sys.exit(f"need {B=}, {T=}, {n_head=}, {val_steps=} > 0, {n_embd=} % n_head == 0")
+    if min(B, T, n_head, n_embd, val_steps) == 0 or n_embd % n_head != 0:
+        sys.exit(f"need {B=}, {T=}, {n_head=}, {val_steps=} > 0, {n_embd=} a multiple of n_head")
 
     # torchrun starts a process for each GPU, with a rank each; plain python is rank 0 of 1
     rank = int(os.environ.get("RANK", 0))
@@ -618,7 +617,7 @@ if __name__ == "__main__":
     if dtype == "auto":
         dtype = default_dtype(device)
     autocast = torch.autocast(device, getattr(torch, dtype), enabled=dtype != "float32")
-    # scales the loss up in float16, where small gradients would vanish; else it does nothing
+    # scales the loss up in float16, where small gradients would vanish; else disabled
     scaler = torch.amp.GradScaler(device, enabled=dtype == "float16")
     device_name = torch.cuda.get_device_name() if device == "cuda" else device
     print(f"{world_size} x {device_name}, {dtype}")
@@ -660,6 +659,7 @@ if __name__ == "__main__":
         start_step, log_size = checkpoint["step"], checkpoint["log_size"]
         raw_model = GPT(GPTConfig(**checkpoint["config"]["model"] | {"dropout": dropout}))
         raw_model.load_state_dict(checkpoint["model"])
+        print(f"resuming at step {start_step}")
     elif init_from in ("scratch", "resume"):
         vocab_size = 256 if encoding == "bytes" else 50304  # faster than 50257: 393 * 128
         raw_model = GPT(GPTConfig(T, vocab_size, n_layer, n_head, n_embd, dropout))
@@ -672,8 +672,6 @@ if __name__ == "__main__":
         sys.exit(f"--T={T}: the model's context is {raw_model.config.block_size} tokens")
     if mean_over_ranks([start_step], device) != [start_step]:
         sys.exit(f"rank {rank} found another checkpoint than others: do all see {log_dir}?")
-    if init_from == "resume":
-        print(f"resuming at step {start_step}" if checkpoint else f"no checkpoint in {log_dir}")
 
     raw_model.to(device)
     optimizers = make_optimizers(raw_model, optimizer, weight_decay)
@@ -681,13 +679,14 @@ if __name__ == "__main__":
         for opt, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
             # its state alone: weight decay and the like are this launch's
             opt.load_state_dict(opt.state_dict() | {"state": saved["state"]})
-        scaler.load_state_dict(checkpoint["scaler"])
+        if checkpoint["scaler"]:  # empty after a run in another dtype
+            scaler.load_state_dict(checkpoint["scaler"])
         del checkpoint
 
     # model trains and gives the validation loss; raw_model, the same weights, does the rest
     model = torch.compile(raw_model) if compile else raw_model
     if ddp:
-        model = DDP(model, gradient_as_bucket_view=True)  # averages gradients during backward
+        model = DDP(model, gradient_as_bucket_view=True)  # averages gradients in backward
     config["model"] = vars(raw_model.config)
     n_params = sum(p.numel() for p in raw_model.parameters())
     # forward 2 FLOP a parameter, but not for positions, backward 4; attention 12 L C T
@@ -736,16 +735,15 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, on_stop_signal)
     stopping, results = False, ""
     t_start = time.perf_counter()
-    for step in range(start_step, max(start_step, max_steps) + 1):  # step updates are done
+    # here, `step` updates are done; the last round only saves and evaluates
+    for step in range(start_step, max(start_step, max_steps) + 1):
         last_step = step >= max_steps
 
         # once in a while, at the end, and when asked to stop: save
         if writes and step > start_step and (stopping or due(save_every)):
-            checkpoint = {
-                "model": raw_model.state_dict(),
-                "optimizers": [opt.state_dict() for opt in optimizers],
-                "scaler": scaler.state_dict(),
-                "step": step, "config": config, "log_size": log_file.tell()}
+            checkpoint = dict(model=raw_model.state_dict(), step=step, config=config,
+                              optimizers=[opt.state_dict() for opt in optimizers],
+                              scaler=scaler.state_dict(), log_size=log_file.tell())
             save_checkpoint(log_dir, checkpoint, keep, final=stopping or last_step)
         if stopping:
             break
@@ -767,9 +765,8 @@ if __name__ == "__main__":
         # once in a while: samples
         if due(sample_every) and tokenizer is not None and master_process:
             with autocast, sdpa_kernel(ANY_LENGTH):
-                texts = sample(raw_model, tokenizer, prompt, n_samples, seed)
-            for text in texts:
-                log(f"sample: {text}\n", sample=text)
+                for text in sample(raw_model, tokenizer, prompt, n_samples, seed):
+                    log(f"sample: {text}\n", sample=text)
         if last_step:
             break
 
@@ -799,14 +796,16 @@ if __name__ == "__main__":
         stopping = signals > 0
 
         finite = math.isfinite(loss + norm)
-        if not finite and scaler.get_scale() <= 1:
+        if not finite and scaler.get_scale() <= 1:  # a disabled scaler's scale is 1
             sys.exit(f"step {step}: loss {loss}, gradient norm {norm}; stopped, lower --max_lr")
-        if finite:  # float16 overflows at times: then the scaler lowers its scale, and no update
+        # float16 overflows at times: scaler.update lowers the scale, and no optimizer steps
+        # (with scaler.step, each would decide by itself: one might step and another not)
+        if finite:
             with autocast:  # for the matrix products of Muon
                 for opt in optimizers:
                     opt.step()
         scaler.update()
-        raw_model.zero_grad(set_to_none=True)
+        raw_model.zero_grad()
         dt = time.perf_counter() - t0
         if due(log_every):
             tokens_per_sec = total_batch_size / dt
@@ -816,8 +815,6 @@ if __name__ == "__main__":
                 train_loss=loss, lr=lr, grad_norm=norm, dt=dt, tokens_per_sec=tokens_per_sec,
                 mfu=mfu)
 
-    if writes and encoding == "gpt2" and not stopping:
-        raw_model.save_pretrained(f"{log_dir}/hf")
     if stopping:
         print(f"stopped at step {step}; to continue: --init_from=resume --encoding={encoding}")
     elif writes and encoding == "gpt2":

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
+
 def read_log(log_dir):
     """Returns the constants of a run, and its events."""
     lines = Path(log_dir, "log.jsonl").read_text().splitlines()

@@ -38,7 +38,8 @@ STORY = {
     ],
     "python train_gpt2.py --data=my_shards --B=16": [*SMALL, "--T=64"],  # room for 50 more tokens
     # a folder "gpt2" holds a small one; transformers looks there before it asks the hub
-    'python train_gpt2.py --init_from=gpt2 --max_steps=0 --val_every=0 --hella_every=0 --prompt="The sea"': [
+    "python train_gpt2.py --init_from=gpt2 --max_steps=0 --val_every=0 --hella_every=0 "
+    '--prompt="The sea"': [
         "--sample_tokens=8",
         "--T=32",
     ],
