@@ -42,7 +42,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import hellaswag
 
 # constants -------------------------------------------------------------------
-# a folder of token shards (fineweb.py makes them), or a text file
+# a folder of token shards (fineweb.py makes them), or a text file, for which see small_gpt
 data = "edu_fineweb10B" if os.path.isdir("edu_fineweb10B") else "input.txt"
 encoding = "gpt2"          # of a text file: gpt2 or bytes; shards hold GPT-2's tokens
 log_dir = "log/gpt2"       # where the run goes; an older run there is moved aside
@@ -377,9 +377,11 @@ class Muon(torch.optim.Optimizer):
             matrices = [p for p in group["params"] if p.shape == (rows, columns)]
             directions = []
             for p in matrices:
-                average = self.state[p].setdefault("average", torch.zeros_like(p))
-                average.lerp_(p.grad, 1 - group["momentum"])
-                directions.append(p.grad.lerp(average, group["momentum"]))  # Nesterov
+                state = self.state[p]
+                if not state:
+                    state["average"] = torch.zeros_like(p)
+                state["average"].lerp_(p.grad, 1 - group["momentum"])
+                directions.append(p.grad.lerp(state["average"], group["momentum"]))  # Nesterov
             stack = torch.stack(directions)
             if rows == 3 * columns:
                 rows = columns  # c_attn is three maps, for q, k and v, in one product
@@ -394,7 +396,7 @@ def make_optimizers(model, name, weight_decay):
     """AdamW for everything, or Muon for the matrices in the blocks, AdamW for the rest."""
     vectors = [p for p in model.parameters() if p.dim() != 2]  # biases and LayerNorms
     in_blocks = [p for p in model.transformer.h.parameters() if p.dim() == 2]
-    embeddings = [model.transformer.wte.weight, model.transformer.wpe.weight]
+    embeddings = [p for n, p in model.named_parameters() if p.dim() == 2 and ".h." not in n]
     decayed = embeddings if name == "muon" else embeddings + in_blocks
     groups = [{"params": decayed}, {"params": vectors, "weight_decay": 0.0}]
     # betas as for GPT-3; the loop sets the learning rate
@@ -518,7 +520,7 @@ def load_checkpoint(log_dir):
             print(f"warning: skipping {path}, it does not load: {error!r:.200}")
     if paths:
         sys.exit(f"no checkpoint in {log_dir} loads; start anew with --init_from=scratch")
-    print(f"no checkpoint in {log_dir}")
+    print(f"no checkpoint in {log_dir} yet: starting from scratch")
 
 def check_resume(config, saved):
     """Exits where a resumed run would have another model, optimizer or order of data."""
