@@ -113,11 +113,18 @@ class GPTConfig:
     n_embd: int = 768
     dropout: float = 0.0
 
+def causal_attention(q, k, v, dropout):
+    """softmax(q k^T / sqrt(C/H)) v, all (B, H, T, C/H). No position sees a later one."""
+    if q.device.type == "cpu":  # the backward pass is slow in 16 bits there
+        q, k, v = q.float(), k.float(), v.float()
+    with torch.autocast("cpu", enabled=False):
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+
 class CausalSelfAttention(nn.Module):
     """Lets each position gather information from itself and the positions before it.
     Each has a query (what it looks for), a key (what it can be found by) and a value (what
     it passes on). It receives the average of the values, weighted by how well the keys match
-    its query: softmax(q k^T / sqrt(C/H)) v. The H heads do this side by side."""
+    its query. The H heads do this side by side."""
     def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
@@ -130,13 +137,7 @@ class CausalSelfAttention(nn.Module):
         q, k, v = self.c_attn(x).split(C, dim=2)
         # (B, T, C) -> (B, H, T, C/H)
         q, k, v = (z.view(B, T, self.n_head, -1).transpose(1, 2) for z in (q, k, v))
-
-        # only for speed on a CPU, whose backward pass is slow in bfloat16; no effect on a GPU
-        with torch.autocast("cpu", enabled=False):
-            if x.device.type == "cpu":
-                q, k, v = q.float(), k.float(), v.float()
-            p = self.dropout if self.training else 0.0
-            y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
+        y = causal_attention(q, k, v, self.dropout if self.training else 0.0)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads next to each other again
         return self.c_proj(y)
 
@@ -169,7 +170,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.n_tokens = min(config.vocab_size, GPTConfig.vocab_size)  # without padding
+        self.n_tokens = min(config.vocab_size, GPTConfig.vocab_size)  # ids above are padding
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             wpe=nn.Embedding(config.block_size, config.n_embd),
@@ -181,7 +182,7 @@ class GPT(nn.Module):
         self.transformer.wte.weight = self.lm_head.weight
 
         for name, p in self.named_parameters():
-            # 2 * n_layer branches add to the residual stream: shrink each to keep its size
+            # 2 * n_layer branches add to the residual stream: small ones keep its size
             branches = 2 * config.n_layer if name.endswith("c_proj.weight") else 1
             if p.dim() == 2:
                 nn.init.normal_(p, std=0.02 / math.sqrt(branches))
@@ -193,7 +194,7 @@ class GPT(nn.Module):
         tok_emb = self.transformer.wte(idx)  # (B, T, C)
         pos_emb = self.transformer.wpe.weight[:idx.shape[1]]  # (T, C): attention knows no order
         x = tok_emb + pos_emb
-        if torch.is_autocast_enabled(x.device.type):  # only for speed
+        if torch.is_autocast_enabled(x.device.type):  # the residual stream in 16 bits: faster
             x = x.to(torch.get_autocast_dtype(x.device.type))
         x = self.transformer.drop(x)
         for block in self.transformer.h:
@@ -209,10 +210,12 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, generator=None):
-        """Ids (B, T) -> ids (B, T + max_new_tokens). A generator is on their device."""
+        """Ids (B, T) -> ids (B, T + max_new_tokens), each drawn from the model's scores."""
         for _ in range(max_new_tokens):
-            last = self.hidden(idx[:, -self.config.block_size:])[:, -1]  # (B, C)
-            logits = self.lm_head(last)[:, :self.n_tokens].float() / max(temperature, 1e-6)
+            context = idx[:, -self.config.block_size:]
+            last = self.hidden(context)[:, -1]  # (B, C): only the last position is needed
+            logits = self.lm_head(last)[:, :self.n_tokens].float()
+            logits = logits / max(temperature, 1e-6)
             if top_k > 0:
                 likeliest = logits.topk(min(top_k, self.n_tokens)).values
                 logits[logits < likeliest[:, -1:]] = -math.inf
@@ -267,6 +270,25 @@ def read_text(path, encoding):
     text = open(path, encoding="utf-8", errors="replace").read()
     return np.array(get_tokenizer(encoding).encode_ordinary(text), dtype=np.uint16)
 
+def open_shard(path):
+    """The tokens of a .npy, or an llm.c .bin, memory-mapped. Exits if it is damaged."""
+    with open(path, "rb") as file:
+        try:
+            # a header, which says how many tokens follow, and of which type
+            if path.endswith(".npy"):
+                np.lib.format.read_magic(file)
+                shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+            else:
+                magic, version, count = np.fromfile(file, "<i4", 256)[:3].tolist()
+                assert (magic, version) == (20240520, 1), "another header than llm.c's"
+                shape, dtype = (count,), "<u2"
+            found = (os.path.getsize(path) - file.tell()) / 2
+            assert shape == (found,), f"expected {shape} tokens, found {found}"
+            assert dtype == "<u2", f"{dtype} instead of uint16"
+        except Exception as error:  # a damaged header can lead to any kind of error
+            sys.exit(f"{path}: not a shard of tokens from fineweb.py: {error!s:.200}")
+        return np.memmap(path, "<u2", mode="r", offset=file.tell(), shape=shape)
+
 def load_split(data, split, encoding):
     """[(name, tokens)] for the split train or val: a folder's shards, or a part of a text."""
     shards = []
@@ -284,16 +306,18 @@ def load_split(data, split, encoding):
         sys.exit(f"--data={data}: no text and no {split} shards; fineweb.py makes shards")
     return shards
 
-@functools.lru_cache(maxsize=8)
-def permutation(n, seed, epoch, *shard):
+@functools.lru_cache(maxsize=8)  # all windows of a shard need the same one
+def permutation(n, seed, epoch, shard=None):
     """The numbers below n, shuffled anew for each epoch and shard; without a seed, in order."""
     if seed is None:
         return np.arange(n)
-    return np.random.default_rng([seed, epoch, *shard]).permutation(n)
+    key = [seed, epoch] if shard is None else [seed, epoch, shard]
+    return np.random.default_rng(key).permutation(n)
 
 class TokenLoader:
-    """Serves windows of T + 1 tokens, in an order that depends on the seed alone.
-    Each epoch has a new order of the shards and of the windows in each, cut at a new offset.
+    """Cuts shards into windows of T + 1 tokens: T inputs, and for each the token after it.
+    With T = 4, a shard of 14 tokens has the windows 0 to 4, 4 to 8 and 8 to 12. In each epoch
+    the shards, and the windows of each, come in a new order, which depends on the seed alone.
     So resuming needs only the step, and any number of processes, with any B, trains on the
     same tokens. Without a seed, for validation, nothing is shuffled."""
     def __init__(self, shards, B, T, rank, world_size, device, seed=None):
@@ -303,23 +327,24 @@ class TokenLoader:
         self.shards = [(name, tokens) for name, tokens in shards if len(tokens) > T]
         if not self.shards:
             sys.exit(f"{shards[0][0]} is too short: a window takes T + 1 = {T + 1} tokens")
-        self.counts = [(len(tokens) - 1) // T for _, tokens in self.shards]
+        self.counts = [(len(tokens) - 1) // T for _, tokens in self.shards]  # windows in each
         self.n_windows = sum(self.counts)
-        # of names and lengths: tells a resumed run about other data
+        # the names and lengths of the shards: by it, a resumed run notices other data
         self.checksum = zlib.crc32(repr([(name, len(t)) for name, t in shards]).encode())
 
-    def window(self, place):
-        """T + 1 tokens: the window at a place in the order of all epochs in a row."""
-        epoch, place = divmod(place, self.n_windows)
+    def window(self, number):
+        """T + 1 tokens: the window with this number, counted through all epochs."""
+        epoch, place = divmod(number, self.n_windows)
+        # pass over the shards before it, in this epoch's order
         for shard in permutation(len(self.shards), self.seed, epoch).tolist():
             if place < self.counts[shard]:
                 break
             place -= self.counts[shard]
         window = permutation(self.counts[shard], self.seed, epoch, shard)[place]
 
+        # each epoch begins its cuts elsewhere; the golden ratio spreads the places evenly
         name, tokens = self.shards[shard]
-        # each epoch cuts elsewhere; the last window of a shard may overlap the one before
-        offset = int(0.618 * self.T * epoch) % self.T
+        offset = int(0.618 * epoch * self.T) % self.T
         start = min(window * self.T + offset, len(tokens) - self.T - 1)
         ids = tokens[start:start + self.T + 1]
         if ids.max() >= GPTConfig.vocab_size:
@@ -328,28 +353,11 @@ class TokenLoader:
 
     def batch(self, n):
         """This rank's n-th micro-batch: inputs and the tokens after them, (B, T) each."""
+        # a micro-batch is world_size * B windows, of which each rank takes B
         first = (n * self.world_size + self.rank) * self.B
         windows = [self.window(i) for i in range(first, first + self.B)]
         tokens = torch.from_numpy(np.stack(windows).astype(np.int64)).to(self.device)
         return tokens[:, :-1], tokens[:, 1:]  # views, one token apart
-
-def open_shard(path):
-    """The tokens of a .npy, or an llm.c .bin, memory-mapped. Exits if it is damaged."""
-    with open(path, "rb") as file:
-        try:
-            if path.endswith(".npy"):
-                np.lib.format.read_magic(file)
-                shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-            else:
-                magic, version, count = np.frombuffer(file.read(1024), "<i4")[:3].tolist()
-                assert (magic, version) == (20240520, 1), "another header than llm.c's"
-                shape, dtype = (count,), "<u2"
-            found = (os.path.getsize(path) - file.tell()) / 2
-            assert shape == (found,), f"expected {shape} tokens, found {found}"
-            assert dtype == "<u2", f"{dtype} instead of uint16"
-        except Exception as error:  # a damaged header can lead to any kind of error
-            sys.exit(f"{path}: not a shard of tokens from fineweb.py: {error!s:.200}")
-        return np.memmap(path, "<u2", mode="r", offset=file.tell(), shape=shape)
 
 # optimizers and schedule -----------------------------------------------------
 def orthogonalize(m):
@@ -415,13 +423,13 @@ def get_lr(step, max_lr, min_lr, warmup_steps, max_steps):
 # cuDNN's attention plans anew for each length; these serve where the length varies
 ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
-def mean_over_ranks(values, device):
-    """The mean of each of the values over all processes."""
+def mean_over_ranks(value, device):
+    """The mean of a number over all processes."""
     if not dist.is_initialized():
-        return values
-    means = torch.tensor(values, dtype=torch.float64, device=device) / dist.get_world_size()
-    dist.all_reduce(means)
-    return means.tolist()
+        return value
+    total = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(total)  # now the sum of all
+    return total.item() / dist.get_world_size()
 
 @torch.no_grad()
 def evaluate(model, loader, n_batches):
@@ -432,7 +440,7 @@ def evaluate(model, loader, n_batches):
         x, y = loader.batch(n)
         loss_accum += model(x, y).item() / n_batches
     model.train()
-    return mean_over_ranks([loss_accum], loader.device)[0]
+    return mean_over_ranks(loss_accum, loader.device)
 
 def sample(model, tokenizer, prompt, n_samples, seed):
     """n_samples texts from the prompt. The constants sample_tokens, temperature, top_k say how."""
@@ -499,10 +507,10 @@ def save_checkpoint(log_dir, checkpoint, keep, final):
             os.remove(path + ".tmp")
         if final:
             raise
-        # torch turns a full disk's OSError into a RuntimeError, whose context still names it
+        # when the disk is full, torch reports something else, with the cause as its context
         print(f"warning: {path} can't be saved: {error.__context__ or error}")
         return
-    # leaves later ones alone: they were damaged, or the run would have resumed from them
+    # later ones stay: they are damaged, or the run would have resumed from them
     paths = checkpoint_paths(log_dir)
     removable = [s for s in paths if s <= checkpoint["step"] and s % 5000 != 0]
     if keep > 0:
@@ -514,7 +522,8 @@ def load_checkpoint(log_dir):
     paths = list(checkpoint_paths(log_dir).values())
     for path in reversed(paths):
         try:
-            assert not zipfile.ZipFile(path).testzip(), "wrong checksum"  # unlike torch.load
+            # torch.load does not notice a flipped bit
+            assert not zipfile.ZipFile(path).testzip(), "wrong checksum"
             return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # damage can lead to any kind of error
             print(f"warning: skipping {path}, it does not load: {error!r:.200}")
@@ -567,17 +576,21 @@ def default_dtype(device):
     native = device == "cpu" and torch.cpu._is_avx512_bf16_supported()
     return "bfloat16" if native else "float32"
 
+def torchrun_store(world_size):
+    """Where the processes of a launch leave their addresses for each other. After a restart it
+    still has those of dead processes: each attempt uses a part of its own, under a prefix."""
+    store, _, _ = next(dist.rendezvous("env://"))
+    if int(os.environ["LOCAL_WORLD_SIZE"]) == world_size:  # for several nodes see README.md
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    return store
+
 def setup_distributed(device, rank, world_size, timeout):
-    """Connects the processes that torchrun has started, one for each GPU."""
+    """Connects the processes: from here on they can average tensors."""
     backend = "nccl" if device == "cuda" else "gloo"
     gpu = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else None
-    # after a restart, torchrun's store still has the addresses of the dead processes: each
-    # attempt meets under a prefix. Nodes count attempts apart, so several have none (README.md)
-    one_node = int(os.environ["LOCAL_WORLD_SIZE"]) == world_size
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "") if one_node else ""
-    store = dist.PrefixStore(attempt, next(dist.rendezvous("env://"))[0])
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size,
-                            timeout=timedelta(seconds=timeout), device_id=gpu)
+    dist.init_process_group(backend, store=torchrun_store(world_size), rank=rank,
+                            world_size=world_size, timeout=timedelta(seconds=timeout),
+                            device_id=gpu)
 
 def fit_batch(B, T, total_batch_size, world_size):
     """The largest B, up to the one asked for, that divides a process's share of a step."""
@@ -600,14 +613,15 @@ if __name__ == "__main__":
     if min(B, T, n_head, n_embd, val_steps) == 0 or n_embd % n_head != 0:
         sys.exit(f"need {B=}, {T=}, {n_head=}, {val_steps=} > 0, {n_embd=} a multiple of n_head")
 
-    # torchrun starts a process for each GPU, with a rank each; plain python is rank 0 of 1
+    # torchrun starts a process for each GPU and numbers them; plain python is rank 0 of 1
     rank = int(os.environ.get("RANK", 0))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))  # among those on this machine
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     ddp = world_size > 1
-    master_process = rank == 0
+    master_process = rank == 0  # it prints, logs and saves
     if not master_process:
-        sys.stdout = open(os.devnull, "w")  # rank 0 prints for all
+        sys.stdout = open(os.devnull, "w")
+
     if device == "cuda":
         n_gpus = torch.cuda.device_count()
         if local_rank >= n_gpus:
@@ -616,10 +630,12 @@ if __name__ == "__main__":
         torch.set_float32_matmul_precision("high")  # TF32 for what remains in float32
     if ddp:
         setup_distributed(device, rank, world_size, timeout)
+
+    # precision: products in 16 bits where the device is fast at them
     if dtype == "auto":
         dtype = default_dtype(device)
     autocast = torch.autocast(device, getattr(torch, dtype), enabled=dtype != "float32")
-    # scales the loss up in float16, where small gradients would vanish; else disabled
+    # float16 would round small gradients to 0: scale the loss up. Not needed in other dtypes
     scaler = torch.amp.GradScaler(device, enabled=dtype == "float16")
     device_name = torch.cuda.get_device_name() if device == "cuda" else device
     print(f"{world_size} x {device_name}, {dtype}")
@@ -643,8 +659,8 @@ if __name__ == "__main__":
 
     # log_dir: nothing in it changes before all ranks are ready
     log_dir = os.path.normpath(log_dir)
-    writes = master_process and max_steps > 0
-    if writes:
+    writes_files = master_process and max_steps > 0
+    if writes_files:
         os.makedirs(log_dir, exist_ok=True)
         lock_file = lock(f"{log_dir}.lock")
         if wandb_log:
@@ -659,6 +675,7 @@ if __name__ == "__main__":
         if max_steps > 0:
             check_resume(config, checkpoint["config"])
         start_step, log_size = checkpoint["step"], checkpoint["log_size"]
+        max_steps = max(max_steps, start_step)  # past its end, a run is only evaluated
         raw_model = GPT(GPTConfig(**checkpoint["config"]["model"] | {"dropout": dropout}))
         raw_model.load_state_dict(checkpoint["model"])
         print(f"resuming at step {start_step}")
@@ -672,7 +689,7 @@ if __name__ == "__main__":
             sys.exit(f"--init_from={init_from} can't be loaded: {str(error).splitlines()[0]}")
     if T > raw_model.config.block_size:
         sys.exit(f"--T={T}: the model's context is {raw_model.config.block_size} tokens")
-    if mean_over_ranks([start_step], device) != [start_step]:
+    if mean_over_ranks(start_step, device) != start_step:
         sys.exit(f"rank {rank} found another checkpoint than others: do all see {log_dir}?")
 
     raw_model.to(device)
@@ -700,21 +717,20 @@ if __name__ == "__main__":
           f"(for less memory, lower --B={B}{lowered})")
 
     # log.jsonl: the constants, then a line for each event
-    log_file = open(os.devnull, "w")
-    if writes:
+    if writes_files:
         if init_from != "resume" and os.listdir(log_dir):
             move_aside(log_dir)
         log_file = open(f"{log_dir}/log.jsonl", "a", buffering=1)
-        # a resumed run drops what was logged after its checkpoint: it will come again
-        log_file.truncate(min(log_size, os.path.getsize(log_file.name)))
-        log_file.seek(0, os.SEEK_END)
-        if log_file.tell() == 0:
+        if log_size < os.path.getsize(log_file.name):
+            log_file.truncate(log_size)  # drop the lines of steps that will now come again
+        if log_size == 0:
             log_file.write(json.dumps({"constants": config, "torch": torch.__version__}) + "\n")
 
     def log(line, **event):
         print(f"step {step:5d} | {line}", flush=True)
-        log_file.write(json.dumps({"step": step} | event) + "\n")
-        if wandb_log and writes:
+        if writes_files:
+            log_file.write(json.dumps({"step": step, **event}) + "\n")
+        if writes_files and wandb_log:
             wandb.log(event, step=step)
 
     # for HellaSwag and samples; what can't be downloaded is left out, and training goes on
@@ -730,19 +746,21 @@ if __name__ == "__main__":
     if prompt.startswith("@"):
         prompt = open(prompt[1:]).read()
 
-    def due(every):  # so many steps, and at the last one
+    def due(every):
+        """Every so many steps, and at the last one."""
         return every > 0 and (last_step or step % every == 0)
 
     signal.signal(signal.SIGINT, on_stop_signal)
     signal.signal(signal.SIGTERM, on_stop_signal)
-    stopping, results = False, ""
+    stopping = False
+    results = {}  # for the last line of all
     t_start = time.perf_counter()
-    # here, `step` updates are done; the last round only saves and evaluates
-    for step in range(start_step, max(start_step, max_steps) + 1):
-        last_step = step >= max_steps
+    # here, `step` updates are done: after the last one, we come here to evaluate and save
+    for step in range(start_step, max_steps + 1):
+        last_step = step == max_steps
 
         # once in a while, at the end, and when asked to stop: save
-        if writes and step > start_step and (stopping or due(save_every)):
+        if writes_files and step > start_step and (stopping or due(save_every)):
             checkpoint = dict(model=raw_model.state_dict(), step=step, config=config,
                               optimizers=[opt.state_dict() for opt in optimizers],
                               scaler=scaler.state_dict(), log_size=log_file.tell())
@@ -755,14 +773,14 @@ if __name__ == "__main__":
             with autocast:
                 val_loss = evaluate(model, val_loader, val_steps * grad_accum_steps)
             log(f"val loss {val_loss:.4f}", val_loss=val_loss)
-            results = f", val loss {val_loss:.4f}"
+            results["val loss"] = val_loss
 
         # once in a while: HellaSwag
         if due(hella_every) and examples is not None:
             with autocast, sdpa_kernel(ANY_LENGTH):
                 acc_norm = hellaswag.evaluate(raw_model, examples, B * T)["acc_norm"]
             log(f"HellaSwag acc_norm {acc_norm:.4f}", hellaswag=acc_norm)
-            results += f", HellaSwag {acc_norm:.4f}"
+            results["HellaSwag"] = acc_norm
 
         # once in a while: samples
         if due(sample_every) and tokenizer is not None and master_process:
@@ -778,11 +796,12 @@ if __name__ == "__main__":
         for opt in optimizers:
             for group in opt.param_groups:
                 group["lr"] = lr
-        torch.manual_seed(seed + 1000003 * step + rank)  # for dropout, also after resuming
+        torch.manual_seed(hash((seed, step, rank)))  # for dropout: the same after resuming
         loss_accum = 0.0
         for micro_step in range(grad_accum_steps):
             x, y = train_loader.batch(step * grad_accum_steps + micro_step)
             if ddp:
+                # backward averages the gradients over all ranks: once is enough, at the end
                 model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
             with autocast:
                 # the gradients of the micro-steps add up; divided, they add up to the mean
@@ -790,43 +809,47 @@ if __name__ == "__main__":
             loss_accum += loss.detach()
             scaler.scale(loss).backward()
 
+        # mean loss, length of the gradient, and whether to stop: the same on all ranks
         for opt in optimizers:
             scaler.unscale_(opt)
         norm = nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf).item()
-        # all ranks stop if one got a signal
-        loss, signals = mean_over_ranks([loss_accum.item(), len(stop_signals)], device)
-        stopping = signals > 0
+        train_loss = mean_over_ranks(loss_accum.item(), device)
+        stopping = mean_over_ranks(len(stop_signals), device) > 0
 
-        finite = math.isfinite(loss + norm)
-        if not finite and scaler.get_scale() <= 1:  # a disabled scaler's scale is 1
-            sys.exit(f"step {step}: loss {loss}, gradient norm {norm}; stopped, lower --max_lr")
-        # float16 overflows at times: scaler.update lowers the scale, and no optimizer steps
-        # (with scaler.step, each would decide by itself: one might step and another not)
+        # numbers that are not finite would ruin the weights. In float16 they come up at times:
+        # the step is left out, and scaler.update() halves the scale. In other dtypes it is 1
+        finite = math.isfinite(train_loss + norm)
+        if not finite and scaler.get_scale() <= 1:
+            sys.exit(f"step {step}: loss {train_loss}, gradient norm {norm}; lower --max_lr")
         if finite:
             with autocast:  # for the matrix products of Muon
                 for opt in optimizers:
                     opt.step()
         scaler.update()
         raw_model.zero_grad()
+
         dt = time.perf_counter() - t0
         if due(log_every):
             tokens_per_sec = total_batch_size / dt
             mfu = flops_per_token * tokens_per_sec / (world_size * peak) if peak else None
-            log(f"loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | {1000 * dt:.0f} ms | "
+            log(f"loss {train_loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | {1000 * dt:.0f} ms | "
                 f"{tokens_per_sec:,.0f} tokens/s" + (f" | mfu {mfu:.1%}" if mfu else ""),
-                train_loss=loss, lr=lr, grad_norm=norm, dt=dt, tokens_per_sec=tokens_per_sec,
-                mfu=mfu)
+                train_loss=train_loss, lr=lr, grad_norm=norm, dt=dt,
+                tokens_per_sec=tokens_per_sec, mfu=mfu)
 
     if stopping:
         print(f"stopped at step {step}; to continue: --init_from=resume --encoding={encoding}")
-    elif writes and encoding == "gpt2":
+    elif writes_files and encoding == "gpt2":
         raw_model.save_pretrained(f"{log_dir}/hf")
-    if writes:
-        if device == "cuda":
-            results += f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of GPU memory"
-        minutes = (time.perf_counter() - t_start) / 60
+    if writes_files:
         tokens = (step - start_step) * total_batch_size
-        print(f"done: {step} steps, {tokens:,} tokens, {minutes:.1f} minutes{results}, {log_dir}")
+        minutes = (time.perf_counter() - t_start) / 60
+        results = [f"{name} {value:.4f}" for name, value in results.items()]
+        if device == "cuda":
+            results.append(f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of GPU memory")
+        done = f"done: {step} steps, {tokens:,} tokens, {minutes:.1f} minutes"
+        print(done, *results, log_dir, sep=", ")
     if ddp:
         dist.barrier()  # rank 0 may still be saving
         dist.destroy_process_group()
+        time.sleep(0.2)  # gloo's threads, while at work, can crash Python's exit

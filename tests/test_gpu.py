@@ -177,7 +177,7 @@ def test_overflows_without_end_stop_the_run(float16_run, tmp_path):
     log_dir, flags = float16_run
     planted = copy_until(log_dir, tmp_path / "log", 10, scale=4.0, weight=math.inf)
     line = mistake(*flags, f"--log_dir={planted}", "--init_from=resume", "--max_steps=20")
-    assert line.startswith("step 12: loss nan, gradient norm nan; stopped")
+    assert line.startswith("step 12: loss nan, gradient norm nan; lower")
     assert [event["step"] for event in log_of(planted)][-2:] == [10, 11]
 
 
