@@ -13,6 +13,7 @@ import collections
 import random
 import re
 import shutil
+import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -158,7 +159,7 @@ def fuzz(folder, rounds, seed=0):
     for i in range(rounds):
         try:
             found[fuzz.round()] += 1
-        except AssertionError as error:
+        except (AssertionError, subprocess.TimeoutExpired) as error:
             raise AssertionError(f"round {i} of seed {seed}, {fuzz.last!r:.200}: {error}") from None
     return found
 

@@ -11,16 +11,16 @@ import pytest
 import torch
 from conftest import (
     ROOT,
+    TINY,
+    Fork,
     assert_same_tensors,
     command,
-    finish,
     kill,
     load,
     log_of,
     mistake,
     run,
     series,
-    start,
     train,
     wait_for,
 )
@@ -52,7 +52,7 @@ def test_resume_where_there_is_nothing_yet(text, tmp_path):
 
 def test_a_second_live_run_refuses(text, tmp_path):
     flags = f"--data={text}", f"--log_dir={tmp_path}/log"
-    process = start(*flags, "--max_steps=100000", "--save_every=5")
+    process = Fork(*TINY, *flags, "--max_steps=100000", "--save_every=5")
     wait_for((tmp_path / "log" / "ckpt_000005.pt").exists, process)
     for init_from in ("scratch", "resume"):
         assert "another run" in mistake(*flags, "--max_steps=100000", f"--init_from={init_from}")
@@ -301,9 +301,7 @@ def test_weights_that_are_not_numbers(text, tmp_path, processes):
     checkpoint = load(path)
     checkpoint["model"]["transformer.h.1.mlp.c_fc.weight"][0, 0] = float("nan")
     torch.save(checkpoint, path)
-    result = finish(
-        start(*flags, "--init_from=resume", "--val_every=0", processes=processes), timeout=60
-    )
+    result = run(*flags, "--init_from=resume", "--val_every=0", processes=processes)
     assert result.returncode == 1
     # not by lines: where Python's output is unbuffered, two ranks can write into one
     assert result.stderr.count("step 2: loss nan") == processes, result.stderr

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from conftest import ROOT, finish, mistake, start, train
+from conftest import ROOT, finish, fork, mistake, start, train
 
 CONTRACT = """data log_dir init_from seed B T n_layer n_head n_embd dropout total_batch_size
 optimizer max_lr min_lr warmup_steps max_steps weight_decay grad_clip val_steps log_every
@@ -20,7 +20,7 @@ def test_help_lists_every_constant():
 
 
 def test_help_shows_what_a_launch_would_use(tmp_path):
-    result = finish(start("--help", f"--data={tmp_path}", "--max_lr=1e-3", tiny=False))
+    result = fork("--help", f"--data={tmp_path}", "--max_lr=1e-3")
     assert "--n_layer=12" in result.stdout  # a folder: GPT-2
     assert "--max_lr=0.001" in result.stdout
 
@@ -33,14 +33,14 @@ def test_a_text_and_weights_are_fine_tuned():
         ("--init_from=resume", "--max_lr=0.008"),
         ("--encoding=bytes", "--max_lr=0.008"),
     ):
-        result = finish(start("--help", f"--data={ROOT}/input.txt", flag, tiny=False))
+        result = fork("--help", f"--data={ROOT}/input.txt", flag)
         assert shown in result.stdout
 
 
 def test_every_constant_can_be_overridden():
     """Also the block for a text file gives way."""
     data = f"--data={ROOT}/input.txt"
-    shown = finish(start("--help", data, tiny=False)).stdout
+    shown = fork("--help", data).stdout
     listed = dict(re.findall(r"^--(\w+)=(.*)$", shown, re.MULTILINE))
     other = {"True": "0", "False": "true", "'muon'": "adamw", "'auto'": "float16"}
     other |= {"'bytes'": "gpt2", "'cpu'": "mps", "'cuda'": "cpu"}
@@ -48,9 +48,10 @@ def test_every_constant_can_be_overridden():
         f"--{name}=" + (other.get(value) or ("elsewhere" if value[0] == "'" else value + "1"))
         for name, value in listed.items()
     ]
-    changed = finish(start("--help", *flags, tiny=False)).stdout
+    changed = fork("--help", *flags).stdout
     changed = dict(re.findall(r"^--(\w+)=(.*)$", changed, re.MULTILINE))
     assert changed.keys() == listed.keys()
+    assert changed["max_lr"] == listed["max_lr"] + "1"  # not that of another block
     assert [name for name in listed if changed[name] == listed[name]] == []
 
 

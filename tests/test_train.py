@@ -13,6 +13,8 @@ import time
 import pytest
 import torch
 from conftest import (
+    TINY,
+    Fork,
     command,
     finish,
     load,
@@ -160,7 +162,7 @@ def test_gradient_clipping(text, tmp_path):
         "--val_every=1",
     )
     runs = [
-        start(*flags, f"--grad_clip={clip}", f"--log_dir={tmp_path}/{clip}")
+        Fork(*TINY, *flags, f"--grad_clip={clip}", f"--log_dir={tmp_path}/{clip}")
         for clip in ("1e-12", "0")
     ]
     assert [finish(run).returncode for run in runs] == [0, 0]
@@ -199,7 +201,7 @@ def test_stop_signal(text, tmp_path, number, processes):
         "--save_every=0",
         "--B=4",
     )
-    process = start(*flags, processes=processes)
+    process = start(*flags, processes=processes) if processes > 1 else Fork(*TINY, *flags)
     log = tmp_path / "log" / "log.jsonl"
     wait_for(lambda: log.exists() and '"step": 5, "train_loss"' in log.read_text(), process)
     os.kill(process.pid, number)
@@ -219,17 +221,23 @@ def test_stop_signal(text, tmp_path, number, processes):
 @pytest.mark.parametrize(
     "moment, flags",
     [
-        ("val_loss", ["--compile=1"]),  # in the first step, while it compiles
+        # in the first step, while it compiles
+        ("sample", ["--compile=1", "--val_every=0", "--sample_every=1"]),
         ("train_loss", ["--val_every=1", "--val_steps=20", "--B=1"]),  # while it evaluates
-        ("train_loss", ["--save_every=1", "--n_embd=256", "--n_layer=8"]),  # while it saves
+        # while it saves
+        (
+            "train_loss",
+            ["--save_every=1", "--n_embd=768", "--total_batch_size=128", "--optimizer=adamw"],
+        ),
     ],
 )
 def test_a_signal_at_other_moments(text, tmp_path, moment, flags):
     """The step at hand, or the next one, ends and is saved; also if the signal comes twice at once,
     as it does where Slurm sends it to all processes, and torchrun then to its own."""
-    process = start(f"--data={text}", f"--log_dir={tmp_path}/log", "--max_steps=5000", *flags)
+    flags = f"--data={text}", f"--log_dir={tmp_path}/log", "--max_steps=5000", *flags
+    process = start(*flags) if "--compile=1" in flags else Fork(*TINY, *flags)
     log = tmp_path / "log" / "log.jsonl"
-    wait_for(lambda: log.exists() and moment in log.read_text(), process)
+    wait_for(lambda: log.exists() and f'"{moment}"' in log.read_text(), process)
     for _ in range(2):
         time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
@@ -243,23 +251,17 @@ def test_a_signal_at_other_moments(text, tmp_path, moment, flags):
 
 def test_a_second_signal_leaves_at_once(text, tmp_path):
     """In a first step of a minute, which the first signal lets go on."""
-    process = start(
-        f"--data={text}",
-        f"--log_dir={tmp_path}/log",
-        "--total_batch_size=32768",
-        "--B=1",
-        "--n_embd=256",
-        "--n_layer=8",
-        "--val_steps=1",
-    )
+    large = "--total_batch_size=65536", "--B=1", "--n_embd=256", "--n_layer=8"
+    log_dir = f"--log_dir={tmp_path}/log"
+    process = Fork(*TINY, f"--data={text}", log_dir, *large, "--val_every=0", "--sample_every=1")
     log = tmp_path / "log" / "log.jsonl"
-    wait_for(lambda: log.exists() and "val_loss" in log.read_text(), process)
+    wait_for(lambda: log.exists() and '"sample"' in log.read_text(), process)
     process.send_signal(signal.SIGINT)
     time.sleep(1)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=5) != 0
-    assert "Traceback" not in process.communicate()[1]
+    result = finish(process, 5)
+    assert result.returncode != 0 and "Traceback" not in result.stderr
     assert list((tmp_path / "log").glob("*.pt")) == []
 
 
