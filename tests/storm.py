@@ -17,7 +17,18 @@ import time
 from pathlib import Path
 
 import torch
-from conftest import ROOT, assert_same_tensors, finish, load, log_of, series, start
+from conftest import (
+    ROOT,
+    TINY,
+    Fork,
+    assert_same_tensors,
+    finish,
+    fork_ranks,
+    load,
+    log_of,
+    series,
+    start,
+)
 
 
 def processes_of(log_dir):
@@ -33,6 +44,7 @@ def ranks_of(log_dir):
 
 
 def kill_all(process, log_dir):
+    process.send_signal(signal.SIGKILL)
     while pids := processes_of(log_dir):
         for pid in pids:
             try:
@@ -59,23 +71,28 @@ def different_tensors(a, b):
     return 0
 
 
+def begin(*flags, processes):
+    """One process is forked, and has started in half a second; several are torchrun's, in five."""
+    return Fork(*TINY, *flags) if processes == 1 else start(*flags, processes=processes)
+
+
 def storm(folder, kills, processes=1, seed=0, flags=()):
     """-> {"kills", "tensors that differ", "steps lost", "steps twice"}; prints each kill."""
     (folder / "play.txt").write_bytes((ROOT / "input.txt").read_bytes()[:120_000])
     flags = [f"--data={folder}/play.txt", f"--max_steps={50 * kills}", "--save_every=3", *flags]
     flags += ["--dropout=0.1", "--B=4", "--total_batch_size=256", "--val_every=100", "--keep=2"]
     calm, stormy = folder / "calm", folder / "stormy"
-    undisturbed = start(*flags, f"--log_dir={calm}", processes=processes)
+    undisturbed = fork_ranks(processes, *flags, f"--log_dir={calm}")
     chance, done = random.Random(seed), 0
     while done < kills:
         resume = ["--init_from=resume"] if list(stormy.glob("*.pt")) else []
-        process = start(*flags, f"--log_dir={stormy}", *resume, processes=processes)
+        process = begin(*flags, f"--log_dir={stormy}", *resume, processes=processes)
         if chance.random() < 0.2:  # anywhere, in the start-up too
-            time.sleep(chance.uniform(0, 5))
+            time.sleep(chance.uniform(0, 0.5 if processes == 1 else 5))
         else:
             before = steps_logged(stormy)
             while steps_logged(stormy) in (before, 0) and process.poll() is None:
-                time.sleep(0.001)
+                time.sleep(0.002)
             time.sleep(chance.expovariate(5))
         if process.poll() is not None:
             print(finish(process))
@@ -84,10 +101,10 @@ def storm(folder, kills, processes=1, seed=0, flags=()):
         process.communicate()
         done += 1
         print(f"kill {done}: {steps_logged(stormy)} steps", flush=True)
-    last = finish(
-        start(*flags, f"--log_dir={stormy}", "--init_from=resume", processes=processes), 600
-    )
-    assert last.returncode == 0 and finish(undisturbed, 600).returncode == 0, last
+    resume = f"--log_dir={stormy}", "--init_from=resume"
+    last = finish(begin(*flags, *resume, processes=processes), 600)
+    assert last.returncode == 0, last
+    assert not any(finish(rank, 600).returncode for rank in undisturbed)
     a, b = (load(run / f"ckpt_{50 * kills:06d}.pt") for run in (calm, stormy))
     for checkpoint in (a, b):
         del checkpoint["config"], checkpoint["log_size"]

@@ -4,7 +4,6 @@ import collections
 import os
 import random
 import signal
-import socket
 import time
 
 import fuzz
@@ -12,12 +11,16 @@ import pytest
 from conftest import (
     assert_same_state,
     finish,
+    fork_ranks,
+    free_port,
+    kill,
     series,
     start,
     train,
     wait_for,
+    world,
 )
-from storm import kill_all, processes_of, ranks_of, storm
+from storm import processes_of, ranks_of, storm
 
 CALM = {"tensors that differ": 0, "steps lost": 0, "steps twice": 0}
 RUN = ["--max_steps=40", "--save_every=5", "--B=4", "--total_batch_size=256", "--dropout=0.1"]
@@ -42,7 +45,7 @@ def test_random_damage(tmp_path):
 def test_torchrun_restarts_where_a_rank_was_killed(text, tmp_path):
     """Twice, at random moments; the launch line says resume from the start."""
     flags = [f"--data={text}", *RUN, "--max_steps=300", "--init_from=resume"]
-    undisturbed = start(*flags, f"--log_dir={tmp_path}/a", processes=2)
+    undisturbed = fork_ranks(2, *flags, f"--log_dir={tmp_path}/a")
     log_dir, chance = tmp_path / "b", random.Random(0)
     restarts = ["--standalone", "--max-restarts=2"]
     process = start(*flags, f"--log_dir={log_dir}", processes=2, torchrun=restarts)
@@ -53,7 +56,7 @@ def test_torchrun_restarts_where_a_rank_was_killed(text, tmp_path):
     result = finish(process)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("resuming") == 2
-    assert finish(undisturbed).returncode == 0
+    assert [finish(rank).returncode for rank in undisturbed] == [0, 0]
     assert_same_state(tmp_path / "a" / "ckpt_000300.pt", log_dir / "ckpt_000300.pt")
     assert list(series(log_dir, "train_loss")) == list(range(300))
 
@@ -70,23 +73,18 @@ def test_without_restarts_the_others_leave_too(text, tmp_path):
 def test_a_rank_that_hangs(text, tmp_path):
     """The others give up after the timeout, and the run can be resumed."""
     flags = [f"--data={text}", f"--log_dir={tmp_path}/log", *RUN, "--max_steps=5000"]
-    process = start(*flags, "--timeout=3", processes=2)
-    wait_for((tmp_path / "log" / "ckpt_000005.pt").exists, process)
-    os.kill(ranks_of(tmp_path / "log")[-1], signal.SIGSTOP)
+    # without torchrun, which would wait for 30 s before it kills the one that hangs
+    first, last = (start(*flags, "--timeout=3", env=env) for env in world(2))
+    wait_for((tmp_path / "log" / "ckpt_000005.pt").exists, first)
+    last.send_signal(signal.SIGSTOP)
     try:
-        result = finish(process, 90)  # torchrun itself waits for 30 s before it kills
+        result = finish(first, 20)
     finally:
-        kill_all(process, tmp_path / "log")
-    assert result.returncode == 1
+        kill(last)
+    assert result.returncode == 1 and "imed out" in result.stderr, result.stderr
     steps = max(series(tmp_path / "log", "train_loss"))
     train(*flags[:2], *RUN[1:], f"--max_steps={steps + 2}", "--init_from=resume")
     assert list(series(tmp_path / "log", "train_loss")) == list(range(steps + 2))
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -125,15 +123,10 @@ def test_a_node_that_does_not_see_the_checkpoints(text, tmp_path):
     """Two nodes with a log_dir each: resumed, they say that they differ, and end."""
     flags = [f"--data={text}", *RUN, "--max_steps=10"]
     train(*flags, f"--log_dir={tmp_path}/0")
-    address = ["--nnodes=2", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
+    flags += ["--init_from=resume"]
     nodes = [
-        start(
-            *flags,
-            "--init_from=resume",
-            f"--log_dir={tmp_path}/{rank}",
-            torchrun=[*address, f"--node_rank={rank}"],
-        )
-        for rank in (0, 1)
+        start(*flags, f"--log_dir={tmp_path}/{rank}", env=env)
+        for rank, env in enumerate(world(2, nodes=2))
     ]
     results = [finish(node, 60) for node in nodes]
     assert [result.returncode for result in results] == [1, 1]
@@ -143,15 +136,18 @@ def test_a_node_that_does_not_see_the_checkpoints(text, tmp_path):
 def test_resume_on_other_numbers_of_processes(text, tmp_path, straight):
     """Two to step 20, one to 30, four to the end: the tokens of the straight run at each step."""
     log_dir = tmp_path / "log"
-    flags = [f"--data={text}", *RUN, "--dropout=0", f"--log_dir={log_dir}"]
+    flags = [f"--data={text}", *RUN, "--dropout=0", "--keep=0", f"--log_dir={log_dir}"]
     for step, processes, init_from in ((20, 2, "scratch"), (30, 1, "resume")):
-        process = start(*flags, f"--init_from={init_from}", processes=processes)
-        wait_for((log_dir / f"ckpt_{step:06d}.pt").exists, process)
-        kill_all(process, log_dir)
+        ranks = fork_ranks(processes, *flags, f"--init_from={init_from}")
+        wait_for((log_dir / f"ckpt_{step:06d}.pt").exists, ranks[0])
+        for rank in ranks:
+            kill(rank)
         for path in log_dir.glob("ckpt_*.pt"):
             if path.name > f"ckpt_{step:06d}.pt":
                 path.unlink()
-    train(*flags, "--init_from=resume", "--B=2", processes=4)
+    # by torchrun, as this shows whether all four end well, too
+    last = finish(start(*flags, "--init_from=resume", "--B=2", processes=4))
+    assert last.returncode == 0, last.stdout + last.stderr
     found, expected = (series(run, "train_loss") for run in (tmp_path / "log", straight))
     assert list(found) == list(range(40))
     assert found == pytest.approx(expected, abs=1e-3)
