@@ -30,6 +30,11 @@ TINY = (
 ).split()
 
 
+def pytest_collection_modifyitems(items):
+    """Long tests first, so that two workers end together."""
+    items.sort(key=lambda item: item.path.stem not in ("test_kills", "test_readme", "test_gpu"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def environment(tmp_path_factory):
     """GPT-2's tokenizer from a package, under the names that tiktoken gives
