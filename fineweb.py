@@ -1,5 +1,4 @@
-"""
-Makes token shards for train_gpt2.py: from FineWeb-Edu on the hub, or from your own text.
+"""Makes token shards for train_gpt2.py: from FineWeb-Edu on the hub, or from your own text.
 
 python fineweb.py                               10B tokens: downloads 28.5 GB, writes 20 GB
 python fineweb.py --shards=2                    one shard for validation, one to train on
@@ -169,9 +168,10 @@ if __name__ == "__main__":
     parser.add_argument("--workers", type=int, default=multiprocessing.cpu_count())
     parser.add_argument("--pretokenized", nargs="?", const="kjj0/finewebedu10B-gpt2")
     args = parser.parse_args()
+    if min(args.shard_size, args.shards, args.workers) < 1:
+        sys.exit("--shard_size, --shards and --workers have to be positive")
     if args.pretokenized:
-        args.source = args.pretokenized
-        args.subset = ""
+        args.source, args.subset = args.pretokenized, ""
 
     # the list of files is kept, so that files that come later do not shift the others
     made_of = f"{args.source} {args.subset}, {args.shard_size} tokens a shard"
@@ -216,5 +216,5 @@ if __name__ == "__main__":
         save(args.out / "progress.json", progress)
         print(f"{path}: {len(tokens):,} tokens", flush=True)
 
-    report = "{documents:,} documents, {nulls:,} null, {tokens:,} tokens, {shard} shards"
+    report = "done: {documents:,} documents, {nulls:,} null, {tokens:,} tokens, {shard} shards"
     print(report.format_map(progress))

@@ -34,6 +34,7 @@ import numpy as np
 import tiktoken
 import torch
 import torch.distributed as dist
+from filelock import FileLock, Timeout
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -329,7 +330,7 @@ class TokenLoader:
             sys.exit(f"{shards[0][0]} is too short: a window takes T + 1 = {T + 1} tokens")
         self.counts = [(len(tokens) - 1) // T for _, tokens in self.shards]  # windows in each
         self.n_windows = sum(self.counts)
-        # the names and lengths of the shards: by it, a resumed run notices other data
+        # changes with the names and lengths of the shards: a resumed run notices other data
         self.checksum = zlib.crc32(repr([(name, len(t)) for name, t in shards]).encode())
 
     def window(self, number):
@@ -433,7 +434,7 @@ def mean_over_ranks(value, device):
 
 @torch.no_grad()
 def evaluate(model, loader, n_batches):
-    """The mean loss (nats per token) over each rank's first n_batches micro-batches."""
+    """The mean loss, in nats per token, of the first n_batches micro-batches of all ranks."""
     model.eval()
     loss_accum = 0.0
     for n in range(n_batches):
@@ -467,15 +468,12 @@ def get_peak_flops(device):
 
 def lock(path):
     """Keeps a second run out of the same folder, for as long as this process lives."""
-    file = open(path, "w")
     try:
-        import fcntl
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        return FileLock(path).acquire(timeout=0)
+    except Timeout:
         sys.exit(f"another run holds {path}; choose another --log_dir")
-    except (ImportError, OSError):
-        pass  # Windows and some network drives have no such locks
-    return file
+    except OSError as error:  # some network drives have no locks
+        print(f"warning: {path} can't be locked: {error}")
 
 def move_aside(log_dir):
     """log/gpt2, with an older run, becomes log/gpt2-1, or -2, ..."""
@@ -493,7 +491,7 @@ def checkpoint_paths(log_dir):
     return {step: f"{log_dir}/ckpt_{step:06d}.pt" for step in steps}
 
 def save_checkpoint(log_dir, checkpoint, keep, final):
-    """Writes a checkpoint, removes older ones. If it can't, it warns, or raises if final."""
+    """Writes a checkpoint and removes old ones. If it can't, it warns; the final one raises."""
     path = f"{log_dir}/ckpt_{checkpoint['step']:06d}.pt"
     try:
         # written beside it and renamed, so that a kill never leaves half a checkpoint
@@ -510,7 +508,7 @@ def save_checkpoint(log_dir, checkpoint, keep, final):
         # when the disk is full, torch reports something else, with the cause as its context
         print(f"warning: {path} can't be saved: {error.__context__ or error}")
         return
-    # later ones stay: they are damaged, or the run would have resumed from them
+    # checkpoints of later steps stay: they did not load, and someone may want to look at them
     paths = checkpoint_paths(log_dir)
     removable = [s for s in paths if s <= checkpoint["step"] and s % 5000 != 0]
     if keep > 0:
@@ -656,6 +654,7 @@ if __name__ == "__main__":
         val_loader = TokenLoader(shards, B, T, rank, world_size, device)
         # whole steps: then any number of processes evaluates on the same tokens
         val_steps = max(1, min(val_steps, val_loader.n_windows // windows_per_step))
+        val_batches = val_steps * grad_accum_steps  # of each rank
 
     # log_dir: nothing in it changes before all ranks are ready
     log_dir = os.path.normpath(log_dir)
@@ -721,8 +720,9 @@ if __name__ == "__main__":
         if init_from != "resume" and os.listdir(log_dir):
             move_aside(log_dir)
         log_file = open(f"{log_dir}/log.jsonl", "a", buffering=1)
+        # a resumed run goes on where its checkpoint was saved: the lines after it come again
         if log_size < os.path.getsize(log_file.name):
-            log_file.truncate(log_size)  # drop the lines of steps that will now come again
+            log_file.truncate(log_size)
         if log_size == 0:
             log_file.write(json.dumps({"constants": config, "torch": torch.__version__}) + "\n")
 
@@ -753,7 +753,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, on_stop_signal)
     signal.signal(signal.SIGTERM, on_stop_signal)
     stopping = False
-    results = {}  # for the last line of all
+    results = {}  # for the last line that is printed
     t_start = time.perf_counter()
     # here, `step` updates are done: after the last one, we come here to evaluate and save
     for step in range(start_step, max_steps + 1):
@@ -771,7 +771,7 @@ if __name__ == "__main__":
         # once in a while: the loss on the validation set
         if due(val_every):
             with autocast:
-                val_loss = evaluate(model, val_loader, val_steps * grad_accum_steps)
+                val_loss = evaluate(model, val_loader, val_batches)
             log(f"val loss {val_loss:.4f}", val_loss=val_loss)
             results["val loss"] = val_loss
 
@@ -797,29 +797,31 @@ if __name__ == "__main__":
             for group in opt.param_groups:
                 group["lr"] = lr
         torch.manual_seed(hash((seed, step, rank)))  # for dropout: the same after resuming
+
+        # the batch is too large for the memory: its parts, the micro-batches, add up gradients
         loss_accum = 0.0
         for micro_step in range(grad_accum_steps):
             x, y = train_loader.batch(step * grad_accum_steps + micro_step)
             if ddp:
-                # backward averages the gradients over all ranks: once is enough, at the end
+                # DDP averages the gradients of all ranks in backward: only the last time
                 model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
             with autocast:
-                # the gradients of the micro-steps add up; divided, they add up to the mean
+                # divided by their number, so that the sum is the mean over the whole batch
                 loss = model(x, y) / grad_accum_steps
             loss_accum += loss.detach()
             scaler.scale(loss).backward()
 
-        # mean loss, length of the gradient, and whether to stop: the same on all ranks
+        # what all ranks have to agree on: the gradient's length, the mean loss, whether to stop
         for opt in optimizers:
             scaler.unscale_(opt)
         norm = nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf).item()
         train_loss = mean_over_ranks(loss_accum.item(), device)
         stopping = mean_over_ranks(len(stop_signals), device) > 0
 
-        # numbers that are not finite would ruin the weights. In float16 they come up at times:
-        # the step is left out, and scaler.update() halves the scale. In other dtypes it is 1
+        # an infinite gradient would ruin the weights. In float16 gradients overflow at times:
+        # then this step is left out, and scaler.update() halves the scale. Otherwise we stop
         finite = math.isfinite(train_loss + norm)
-        if not finite and scaler.get_scale() <= 1:
+        if not finite and scaler.get_scale() <= 1:  # it is 1 in other dtypes
             sys.exit(f"step {step}: loss {train_loss}, gradient norm {norm}; lower --max_lr")
         if finite:
             with autocast:  # for the matrix products of Muon

@@ -64,6 +64,15 @@ def test_a_second_live_run_refuses(text, tmp_path):
     assert not (tmp_path / "log-1").exists()
 
 
+def test_a_file_system_without_locks(text, tmp_path):
+    (tmp_path / "fcntl.py").write_text(
+        "LOCK_EX = LOCK_NB = LOCK_UN = 0\ndef flock(*_):\n    raise OSError(37, 'No locks')\n"
+    )
+    flags = f"--data={text}", f"--log_dir={tmp_path}/log", "--max_steps=2"
+    assert "can't be locked" in train(*flags, env={"PYTHONPATH": str(tmp_path)}).stdout
+    assert list(series(tmp_path / "log", "train_loss")) == [0, 1]
+
+
 def test_log_dir_that_cannot_be_written(text, tmp_path):
     (tmp_path / "file").write_text("")
     result = run(f"--data={text}", f"--log_dir={tmp_path}/file/log")

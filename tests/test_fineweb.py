@@ -164,7 +164,7 @@ def test_documents_on_the_edge_of_a_shard(tmp_path, size):
     write_parquet(tmp_path / "source" / "a.parquet", texts)
     flags = f"--source={tmp_path / 'source'}", f"--out={tmp_path / 'out'}", f"--shard_size={size}"
     report = make(*flags).splitlines()[-1]
-    assert report.startswith("3 documents, 0 null, 22 tokens, ")
+    assert report.startswith("done: 3 documents, 0 null, 22 tokens, ")
     assert_tokens(tmp_path / "out", reference(texts), size)
     assert make(*flags) == report + "\n"  # and nothing else: no shard is made again
 
@@ -429,6 +429,8 @@ def test_parquet_without_text(tmp_path):
         (["--sorce=x"], "--sorce=x"),
         (["--workers=many"], "--workers"),
         (["--shard_size=1e8"], "--shard_size"),
+        (["--shards=0"], "positive"),
+        (["--workers=0"], "positive"),
         (["--source=no/such/folder"], "no/such/folder"),
     ],
 )
@@ -462,7 +464,7 @@ def test_the_hub(hub, tokens, tmp_path, reset):
     assert hub.fetched() == ["sample/10BT/000.parquet", "sample/10BT/001.parquet"]
     assert COMMIT in (tmp_path / "out" / "progress.json").read_text()
     hub.shutdown()  # what is complete needs no network
-    assert make(*flags, env=hub.env(tmp_path / "home")).startswith("2,999 documents, ")
+    assert make(*flags, env=hub.env(tmp_path / "home")).startswith("done: 2,999 documents, ")
 
 
 def test_downloads_what_is_needed(texts, tokens, tmp_path):
