@@ -2,12 +2,12 @@
 
 python fineweb.py                               10B tokens: downloads 28.5 GB, writes 20 GB
 python fineweb.py --shards=2                    one shard for validation, one to train on
-python fineweb.py --pretokenized --shards=10    shards that others have made, in minutes
+python fineweb.py --pretokenized --shards=10    ready-made shards, in minutes
 python fineweb.py --source=my_texts --out=my_shards --shard_size=1000000
 
 A document is a row of a .parquet file, a line of a .jsonl file (both with a field "text"), or a
 .txt file. It becomes <|endoftext|> and the tokens of its text. All documents, in order, are cut
-into shards, the first for validation. If you stop the script, the same command continues.
+into shards; the first is for validation. If you stop the script, run it again to continue.
 """
 import argparse
 import json
@@ -31,7 +31,7 @@ EOT = 50256       # <|endoftext|> in GPT-2's vocabulary
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends parent and workers at once
 
 def list_files(source, subset, suffixes):
-    """Returns the files of a folder or of a dataset on the hub, and the revision there."""
+    """Returns the files of a folder or of a dataset on the hub, with its revision."""
     revision = None
     if Path(source).is_dir():
         names = [str(path) for path in Path(source).absolute().rglob("*") if path.is_file()]
@@ -58,7 +58,7 @@ def download(source, name, **where):
 def read_documents(path):
     """Yields the texts of a file; a null is None."""
     if path.endswith(".parquet"):
-        # with a buffer, a row group of gigabytes is not read at once
+        # without a buffer, pyarrow would read a row group of gigabytes at once
         file = pq.ParquetFile(path, buffer_size=2**20, page_checksum_verification=True)
         for rows in file.iter_batches(batch_size, columns=["text"]):
             yield from rows.column("text").to_pylist()
@@ -97,7 +97,7 @@ def work(pipe):
         while True:
             parts = [np.empty(0, np.uint16)]
             for text in pipe.recv():
-                # JSON can spell half of a surrogate pair, which becomes U+FFFD
+                # JSON can hold half of a surrogate pair; it becomes U+FFFD
                 text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
                 parts += [EOT], encode(text, disallowed_special=())
             pipe.send(np.concatenate(parts, dtype=np.uint16, casting="unsafe"))
@@ -113,7 +113,7 @@ def tokenize(batches, workers):
         waiting.append(({}, pipe))
     try:
         for place, texts in batches:
-            # the workers take turns; receive, then send: if both ends sent, both would wait
+            # the workers take turns. Receive first: if both ends sent, both would hang
             earlier, pipe = waiting.popleft()
             yield earlier, pipe.recv()
             pipe.send([text for text in texts if text is not None])
@@ -121,10 +121,10 @@ def tokenize(batches, workers):
         for place, pipe in waiting:
             yield place, pipe.recv()
     except (EOFError, OSError):
-        sys.exit("a worker died; if memory is short, use fewer --workers; the same command goes on")
+        sys.exit("a worker died; if memory is short, use fewer --workers; run it again to continue")
 
 def cut(answers, progress, shard_size):
-    """Yields full shards; progress then says where in the source the next one begins."""
+    """Yields shards. `progress` then says where in the source the next one begins."""
     shard = np.empty(shard_size, np.uint16)
     filled = 0
     for place, tokens in answers:
@@ -143,7 +143,7 @@ def cut(answers, progress, shard_size):
         yield shard[:filled]
 
 def save(path, content):
-    """Writes a shard or the progress to a file that gets its name once it is complete."""
+    """Writes a shard or the progress. The file gets its name only when it is complete."""
     temporary = Path(f"{path}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -154,7 +154,7 @@ def save(path, content):
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        sys.exit(f"{path}: {error}; the same command goes on")
+        sys.exit(f"{path}: {error}; run it again to continue")
 
 if __name__ == "__main__":
     multiprocessing.set_start_method("spawn")
@@ -173,7 +173,7 @@ if __name__ == "__main__":
     if args.pretokenized:
         args.source, args.subset = args.pretokenized, ""
 
-    # the list of files is kept, so that files that come later do not shift the others
+    # the list of files is saved, so that new files do not shift the others
     made_of = f"{args.source} {args.subset}, {args.shard_size} tokens a shard"
     if (args.out / "progress.json").exists():
         progress = json.loads((args.out / "progress.json").read_text())
@@ -206,7 +206,7 @@ if __name__ == "__main__":
     batches = read_batches(args.source, progress)
     shards = cut(tokenize(batches, args.workers), progress, args.shard_size)
     for tokens in islice(shards, max(0, args.shards - progress["shard"])):
-        # after a kill between the shard and its progress, the shard is made again
+        # after a kill between the two saves below, the shard is made again
         number = progress["shard"]
         path = args.out / f"edufineweb_{'train' if number else 'val'}_{number:06d}.npy"
         save(path, tokens)

@@ -4,9 +4,9 @@ HellaSwag (Zellers et al. 2019, arxiv.org/abs/1905.07830): which of four endings
     python hellaswag.py gpt2                    # or gpt2-medium, gpt2-large, gpt2-xl
     python hellaswag.py log/gpt2/hf --show=3    # a folder that save_pretrained has written
 
-A language model tells how likely an ending is: after the context, the losses of its tokens add
-up to -log p(ending | context). acc is how often the right ending has the lowest sum, acc_norm
-the lowest mean, which does not favour short endings. Guessing gives 0.25. Published, +- 0.005:
+A model's losses on the tokens of an ending add up to -log p(ending | context). acc is how often
+the right ending has the lowest sum. acc_norm is how often it has the lowest mean, which does
+not favour short endings. Guessing gives 0.25. Published values, +- 0.005:
                 gpt2     medium   large    xl       GPT-3 (124M)
     acc         0.2859                     0.3842                   build-nanogpt
     acc_norm    0.2955   0.3752   0.4320   0.4893   0.337           and llm.c, GPT-3's paper
@@ -24,18 +24,18 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-# the authors' validation set, and where it is kept: without a network, put it there
+# the authors' validation set is downloaded to FILE; without a network, put it there
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
 N_EXAMPLES = 10042
 FILE = Path(__file__).resolve().with_name("hellaswag_val.jsonl")
 
-# four rows of tokens (the context, then an ending), the context's length, the right row
+# four rows of tokens (context and ending), the context's length, the right row's number
 Example = namedtuple("Example", "rows n_context label")
 
 # examples --------------------------------------------------------------------
 def read(path):
-    """A file of JSON lines -> list of Examples. A bad line raises ValueError with its number."""
+    """Reads Examples from JSON lines. A bad line raises ValueError with its number."""
     encode = tiktoken.get_encoding("gpt2").encode_ordinary
     examples = []
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
@@ -48,7 +48,7 @@ def read(path):
                 raise ValueError("the context or an ending is empty")
         except Exception as error:
             raise ValueError(f"line {number}: {error!r}") from None
-        # in GPT-2's vocabulary a word begins with the space before it
+        # in GPT-2's vocabulary, the space before a word is part of it
         context = encode(texts[0])
         rows = [context + encode(" " + ending) for ending in texts[1:]]
         examples.append(Example(rows, len(context), fields["label"]))
@@ -58,19 +58,19 @@ def read(path):
     return examples
 
 def load_examples(path=FILE, skip=False):
-    """-> list of Examples, the same on all ranks. What is wrong raises ValueError on all ranks,
-    in one line; with skip it is printed, and there are no examples."""
+    """Returns the Examples, the same on all ranks. If that fails, all ranks raise ValueError
+    with a message of one line. With skip, they print it and return None instead."""
     shared = [None]
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
             if path == FILE and not FILE.exists():
                 torch.hub.download_url_to_file(URL, str(FILE), SHA256, progress=False)
             shared = [read(path)]
-        # RuntimeError: another hash, as of an error page
+        # RuntimeError: a wrong hash, perhaps that of an error page
         except (OSError, ValueError, RuntimeError) as error:
             shared = [ValueError(f"{path}: {' '.join(str(error).split())}")]
 
-    # rank 0 sends what it has, examples or error, as other nodes may not see its disk
+    # rank 0 sends the examples or the error, since other nodes may not see its disk
     if dist.is_initialized():
         dist.broadcast_object_list(shared)
     examples = shared[0]
@@ -83,12 +83,12 @@ def load_examples(path=FILE, skip=False):
 
 # evaluation ------------------------------------------------------------------
 def width(example):
-    """Tokens in the longest of its rows."""
+    """The length of its longest row."""
     return max(len(row) for row in example.rows)
 
 def batches(examples, batch_tokens):
-    """Yields lists of examples of at most batch_tokens when padded, or of one example."""
-    # rows of one length need no padding; the longest first: if they fit in memory, all do
+    """Yields lists of examples: at most batch_tokens with padding, or a single example."""
+    # similar lengths need little padding; the longest come first: if they fit, all do
     examples = sorted(examples, key=width, reverse=True)
     i = 0
     while i < len(examples):
@@ -98,8 +98,8 @@ def batches(examples, batch_tokens):
 
 @torch.no_grad()
 def ending_losses(model, batch):
-    """n examples -> the losses of their endings: sums over their tokens, and means, each (n, 4)."""
-    # too long a row keeps its right end: the last token is only a target, so one more fits
+    """Returns the losses of n examples' endings: sums and means over tokens, each (n, 4)."""
+    # rows that are too long keep their right end. + 1: the last token is only a target
     limit = model.transformer.wpe.num_embeddings + 1
     rows = []
     masks = []
@@ -119,7 +119,7 @@ def ending_losses(model, batch):
     else:
         hidden = model.transformer(inputs, use_cache=False).last_hidden_state
 
-    # logits for the endings alone, a third of the memory; without the padding of our vocabulary
+    # logits for the endings only: a third of the memory; without our vocabulary's padding
     logits = model.lm_head(hidden[mask])[:, :getattr(model, "n_tokens", None)]
     losses = torch.zeros(mask.shape, device=device)
     losses[mask] = F.cross_entropy(logits.float(), targets[mask], reduction="none")
@@ -128,8 +128,8 @@ def ending_losses(model, batch):
     return sums.cpu(), means.cpu()
 
 def evaluate(model, examples, batch_tokens=16384, progress=False):
-    """Scores our GPT or transformers' GPT2LMHeadModel; the ranks share the examples. -> a dict;
-    "cut" counts rows too long for the model. Exits, on all ranks, where a loss is not finite."""
+    """Scores our GPT or transformers' GPT2LMHeadModel; the ranks share the examples.
+    "cut" counts rows too long for the model. If a loss is not finite, all ranks exit."""
     if dist.is_initialized():
         examples = examples[dist.get_rank()::dist.get_world_size()]
     limit = model.transformer.wpe.num_embeddings + 1
@@ -163,9 +163,9 @@ if __name__ == "__main__":
     parser.add_argument("model", help="gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder")
     parser.add_argument("--data", type=Path, default=FILE, help="examples in the same format")
     parser.add_argument("--device", default=str(gpu or "cpu"))
-    parser.add_argument("--batch_tokens", type=int, default=16384, help="fewer: less memory")
-    parser.add_argument("--limit", type=int, default=sys.maxsize, help="score the first so many")
-    parser.add_argument("--show", type=int, default=0, help="print the first so many")
+    parser.add_argument("--batch_tokens", type=int, default=16384, help="lower saves memory")
+    parser.add_argument("--limit", type=int, default=sys.maxsize, help="score only this many")
+    parser.add_argument("--show", type=int, default=0, help="print this many")
     args = parser.parse_args()
     if args.limit < 1:
         sys.exit("--limit has to be positive")
@@ -174,9 +174,9 @@ if __name__ == "__main__":
         examples = load_examples(args.data)[:args.limit]
         model, info = GPT2LMHeadModel.from_pretrained(args.model, output_loading_info=True)
         model.to(args.device, torch.float32)
-    except Exception as error:  # transformers', safetensors', the device's
+    except Exception as error:  # from transformers, safetensors or the device
         sys.exit(f"{args.model} on {args.data}: {' '.join(str(error).split())}")
-    # transformers has filled what is missing with random numbers
+    # transformers fills missing weights with random numbers
     if info["missing_keys"] or model.config.vocab_size < 50257:
         sys.exit(f"{args.model}: not a GPT-2, it lacks weights or tokens")
     # the same function in one kernel instead of eight

@@ -26,7 +26,7 @@ import zlib
 from dataclasses import dataclass
 from datetime import timedelta
 
-# for torch when it is imported: GPU memory in segments that grow, large pages on a CPU
+# torch reads these on import: GPU memory in segments that grow, large pages on a CPU
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
@@ -43,12 +43,12 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import hellaswag
 
 # constants -------------------------------------------------------------------
-# a folder of token shards (fineweb.py makes them), or a text file, for which see small_gpt
+# a folder of token shards (see fineweb.py), or a text file (see small_gpt below)
 data = "edu_fineweb10B" if os.path.isdir("edu_fineweb10B") else "input.txt"
-encoding = "gpt2"          # of a text file: gpt2 or bytes; shards hold GPT-2's tokens
-log_dir = "log/gpt2"       # where the run goes; an older run there is moved aside
+encoding = "gpt2"          # for a text file: gpt2 or bytes; shards hold GPT-2's tokens
+log_dir = "log/gpt2"       # folder of the run; an older run in it is moved aside
 init_from = "scratch"      # or resume, or somebody's weights: gpt2 ... gpt2-xl, or a folder
-seed = 1337                # for the first weights, the order of the data, dropout, samples
+seed = 1337                # for the initial weights, data order, dropout, samples
 
 # model: GPT-2 (124M). Medium is 24, 16, 1024; large 36, 20, 1280; xl 48, 25, 1600
 n_layer = 12
@@ -62,14 +62,14 @@ T = 1024                   # tokens in a sequence
 
 # optimizer: GPT-3's recipe for a model of this size
 optimizer = "adamw"        # or muon, for the matrices in the blocks
-max_lr = 6e-4              # at the end of the warmup
+max_lr = 6e-4              # reached at the end of the warmup
 min_lr = 6e-5              # at the last step
 warmup_steps = 715         # 375M tokens
 max_steps = 19073          # 10B tokens, one epoch; with 0 it evaluates, samples and exits
 weight_decay = 0.1         # of matrices and embeddings, not of biases and LayerNorms
-grad_clip = 1.0            # longer gradients are scaled down to this norm; 0 for never
+grad_clip = 1.0            # gradients with a larger norm are scaled down to it; 0 for never
 
-# once in a while: steps from one time to the next; 0 for never
+# how often, in steps; 0 for never
 log_every = 1
 val_every = 250
 val_steps = 20             # evaluate on 20 * total_batch_size tokens, always the same ones
@@ -82,7 +82,7 @@ prompt = "Hello, I'm a language model,"
 n_samples = 2
 sample_tokens = 128        # tokens after the prompt
 temperature = 0.8          # below 1, likely tokens become likelier
-top_k = 50                 # only the 50 likeliest tokens; 0 for all
+top_k = 50                 # sample only from the 50 likeliest tokens; 0 for all
 
 device = "cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu"
 dtype = "auto"             # bfloat16, float16 or float32; auto: the fastest native one
@@ -91,12 +91,12 @@ timeout = 600              # seconds to wait for another process before giving u
 wandb_log = False
 wandb_project = "gpt2"
 
-# for a text file, unless flags say otherwise: a small GPT on bytes, 3 minutes on 2 cores
+# defaults for a text file: a small GPT on bytes, which takes 3 minutes on 2 cores
 small_gpt = dict(encoding="bytes", log_dir="log/baby", n_layer=4, n_head=4, n_embd=128, T=64,
     B=32, total_batch_size=2048, optimizer="muon", max_lr=8e-3, min_lr=5e-4, warmup_steps=50,
     max_steps=900, log_every=20, val_every=300, val_steps=100, sample_every=300,
     save_every=300, prompt="\n", sample_tokens=256)
-# for a text file and somebody's GPT-2, unless flags say otherwise: a short fine-tuning
+# defaults for a text file with somebody's GPT-2: a short fine-tuning
 fine_tuning = dict(log_dir="log/finetuned", dropout=0.1, total_batch_size=16384, B=4,
     max_lr=3e-5, min_lr=3e-6, warmup_steps=10, max_steps=100, val_every=25, hella_every=0,
     sample_every=50, save_every=50)
@@ -108,15 +108,15 @@ constants = {k: v for k, v in globals().items() if k[0] != "_" and isinstance(v,
 @dataclass
 class GPTConfig:
     block_size: int = 1024   # tokens of context
-    vocab_size: int = 50257  # 256 bytes, 50,000 BPE merges, <|endoftext|>; more are padding
+    vocab_size: int = 50257  # 256 bytes, 50,000 BPE merges, <|endoftext|>; more is padding
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
     dropout: float = 0.0
 
 def causal_attention(q, k, v, dropout):
-    """softmax(q k^T / sqrt(C/H)) v, all (B, H, T, C/H). No position sees a later one."""
-    if q.device.type == "cpu":  # the backward pass is slow in 16 bits there
+    """softmax(q k^T / sqrt(C/H)) v, shapes (B, H, T, C/H). No position sees a later one."""
+    if q.device.type == "cpu":  # where the backward pass in 16 bits is slow
         q, k, v = q.float(), k.float(), v.float()
     with torch.autocast("cpu", enabled=False):
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
@@ -139,11 +139,11 @@ class CausalSelfAttention(nn.Module):
         # (B, T, C) -> (B, H, T, C/H)
         q, k, v = (z.view(B, T, self.n_head, -1).transpose(1, 2) for z in (q, k, v))
         y = causal_attention(q, k, v, self.dropout if self.training else 0.0)
-        y = y.transpose(1, 2).reshape(B, T, C)  # the heads next to each other again
+        y = y.transpose(1, 2).reshape(B, T, C)  # put the heads next to each other again
         return self.c_proj(y)
 
 class MLP(nn.Module):
-    """Works on what attention has gathered, at each position by itself."""
+    """Processes what attention has gathered, each position on its own."""
     def __init__(self, config):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
@@ -167,7 +167,7 @@ class Block(nn.Module):
         return x + self.drop(self.mlp(self.ln_2(x)))
 
 class GPT(nn.Module):
-    """GPT-2 (Radford et al. 2019): from the tokens so far to scores for the next one."""
+    """GPT-2 (Radford et al. 2019): turns the tokens so far into scores for the next one."""
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -183,7 +183,7 @@ class GPT(nn.Module):
         self.transformer.wte.weight = self.lm_head.weight
 
         for name, p in self.named_parameters():
-            # 2 * n_layer branches add to the residual stream: small ones keep its size
+            # 2 * n_layer branches add to the residual stream: small weights limit its growth
             branches = 2 * config.n_layer if name.endswith("c_proj.weight") else 1
             if p.dim() == 2:
                 nn.init.normal_(p, std=0.02 / math.sqrt(branches))
@@ -193,9 +193,9 @@ class GPT(nn.Module):
     def hidden(self, idx):
         """Ids (B, T), T <= block_size -> states after the last LayerNorm, (B, T, C)."""
         tok_emb = self.transformer.wte(idx)  # (B, T, C)
-        pos_emb = self.transformer.wpe.weight[:idx.shape[1]]  # (T, C): attention knows no order
+        pos_emb = self.transformer.wpe.weight[:idx.shape[1]]  # (T, C): attention ignores order
         x = tok_emb + pos_emb
-        if torch.is_autocast_enabled(x.device.type):  # the residual stream in 16 bits: faster
+        if torch.is_autocast_enabled(x.device.type):  # a residual stream in 16 bits is faster
             x = x.to(torch.get_autocast_dtype(x.device.type))
         x = self.transformer.drop(x)
         for block in self.transformer.h:
@@ -203,7 +203,7 @@ class GPT(nn.Module):
         return self.transformer.ln_f(x)
 
     def forward(self, idx, targets=None):
-        """Ids (B, T) -> logits (B, T, vocab_size), or with targets (B, T) the mean loss."""
+        """Ids (B, T) -> logits (B, T, vocab_size), or the mean loss given targets (B, T)."""
         logits = self.lm_head(self.hidden(idx))
         if targets is None:
             return logits
@@ -227,7 +227,7 @@ class GPT(nn.Module):
 
 # Hugging Face's format -------------------------------------------------------
 def transpose_conv1d(state):
-    """OpenAI's weights are (in, out), those of nn.Linear (out, in). Works both ways."""
+    """OpenAI's weights are (in, out), nn.Linear's are (out, in). Converts either way."""
     conv1d = "attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight"
     return {name: p.t() if name.endswith(conv1d) else p for name, p in state.items()}
 
@@ -255,7 +255,7 @@ GPT.save_pretrained = save_pretrained
 
 # data ------------------------------------------------------------------------
 def get_tokenizer(encoding):
-    """GPT-2's byte pair encoding, which tiktoken downloads once, or single bytes."""
+    """GPT-2's tokenizer, which tiktoken downloads once, or one whose tokens are bytes."""
     if encoding == "gpt2":
         return tiktoken.get_encoding("gpt2")
     single = {bytes([i]): i for i in range(256)}
@@ -272,16 +272,16 @@ def read_text(path, encoding):
     return np.array(get_tokenizer(encoding).encode_ordinary(text), dtype=np.uint16)
 
 def open_shard(path):
-    """The tokens of a .npy, or an llm.c .bin, memory-mapped. Exits if it is damaged."""
+    """Memory-maps the tokens of a .npy, or of a .bin from llm.c. Exits if it is damaged."""
     with open(path, "rb") as file:
         try:
-            # a header, which says how many tokens follow, and of which type
+            # the header says how many tokens follow, and their type
             if path.endswith(".npy"):
                 np.lib.format.read_magic(file)
                 shape, _, dtype = np.lib.format.read_array_header_1_0(file)
             else:
                 magic, version, count = np.fromfile(file, "<i4", 256)[:3].tolist()
-                assert (magic, version) == (20240520, 1), "another header than llm.c's"
+                assert (magic, version) == (20240520, 1), "the header is not llm.c's"
                 shape, dtype = (count,), "<u2"
             found = (os.path.getsize(path) - file.tell()) / 2
             assert shape == (found,), f"expected {shape} tokens, found {found}"
@@ -291,7 +291,7 @@ def open_shard(path):
         return np.memmap(path, "<u2", mode="r", offset=file.tell(), shape=shape)
 
 def load_split(data, split, encoding):
-    """[(name, tokens)] for the split train or val: a folder's shards, or a part of a text."""
+    """Returns [(name, tokens)] of train or val: a folder's shards, or a part of a text."""
     shards = []
     if os.path.isdir(data):
         for name in sorted(os.listdir(data)):
@@ -307,20 +307,20 @@ def load_split(data, split, encoding):
         sys.exit(f"--data={data}: no text and no {split} shards; fineweb.py makes shards")
     return shards
 
-@functools.lru_cache(maxsize=8)  # all windows of a shard need the same one
+@functools.lru_cache(maxsize=8)  # all windows of a shard use the same one
 def permutation(n, seed, epoch, shard=None):
-    """The numbers below n, shuffled anew for each epoch and shard; without a seed, in order."""
+    """The numbers 0 to n - 1, shuffled for each epoch and shard. Without a seed, in order."""
     if seed is None:
         return np.arange(n)
     key = [seed, epoch] if shard is None else [seed, epoch, shard]
     return np.random.default_rng(key).permutation(n)
 
 class TokenLoader:
-    """Cuts shards into windows of T + 1 tokens: T inputs, and for each the token after it.
-    With T = 4, a shard of 14 tokens has the windows 0 to 4, 4 to 8 and 8 to 12. In each epoch
-    the shards, and the windows of each, come in a new order, which depends on the seed alone.
-    So resuming needs only the step, and any number of processes, with any B, trains on the
-    same tokens. Without a seed, for validation, nothing is shuffled."""
+    """Cuts shards into windows of T + 1 tokens: T inputs, and the token after each.
+    With T = 4, a shard of 14 tokens has the windows 0 to 4, 4 to 8 and 8 to 12. Each epoch
+    shuffles the shards and the windows in each shard. The order depends only on the seed,
+    so a resumed run needs only the step. A step trains on the same tokens with any B and any
+    number of processes. Without a seed, as in validation, nothing is shuffled."""
     def __init__(self, shards, B, T, rank, world_size, device, seed=None):
         self.B, self.T = B, T
         self.rank, self.world_size = rank, world_size
@@ -330,20 +330,20 @@ class TokenLoader:
             sys.exit(f"{shards[0][0]} is too short: a window takes T + 1 = {T + 1} tokens")
         self.counts = [(len(tokens) - 1) // T for _, tokens in self.shards]  # windows in each
         self.n_windows = sum(self.counts)
-        # changes with the names and lengths of the shards: a resumed run notices other data
+        # from the names and lengths of the shards, so that a resumed run notices other data
         self.checksum = zlib.crc32(repr([(name, len(t)) for name, t in shards]).encode())
 
     def window(self, number):
-        """T + 1 tokens: the window with this number, counted through all epochs."""
+        """The T + 1 tokens of a window. Numbers run on from one epoch to the next."""
         epoch, place = divmod(number, self.n_windows)
-        # pass over the shards before it, in this epoch's order
+        # skip the shards before it, in this epoch's order
         for shard in permutation(len(self.shards), self.seed, epoch).tolist():
             if place < self.counts[shard]:
                 break
             place -= self.counts[shard]
         window = permutation(self.counts[shard], self.seed, epoch, shard)[place]
 
-        # each epoch begins its cuts elsewhere; the golden ratio spreads the places evenly
+        # each epoch cuts at another offset; the golden ratio spreads the offsets evenly
         name, tokens = self.shards[shard]
         offset = int(0.618 * epoch * self.T) % self.T
         start = min(window * self.T + offset, len(tokens) - self.T - 1)
@@ -363,9 +363,9 @@ class TokenLoader:
 # optimizers and schedule -----------------------------------------------------
 def orthogonalize(m):
     """Matrices U S V^T (..., rows, columns) -> about U V^T: all singular values near 1.
-    A round turns a singular value s into 3.4445 s - 4.7750 s^3 + 2.0315 s^5 (Jordan 2024)."""
+    Each round turns a singular value s into 3.4445 s - 4.7750 s^3 + 2.0315 s^5 (Jordan 2024)."""
     if m.shape[-2] > m.shape[-1]:
-        return orthogonalize(m.mT).mT  # the smaller Gram matrix
+        return orthogonalize(m.mT).mT  # for a smaller Gram matrix
     x = m / (m.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(5):
         gram = x @ x.mT
@@ -373,7 +373,7 @@ def orthogonalize(m):
     return x
 
 class Muon(torch.optim.Optimizer):
-    """Moves each matrix along its averaged gradient, made orthogonal: it learns rare
+    """Moves each matrix along its averaged gradient, made orthogonal. So it learns rare
     directions as fast as common ones (Jordan 2024, kellerjordan.github.io/posts/muon)."""
     def __init__(self, params, weight_decay, momentum=0.95):
         super().__init__(params, dict(lr=0.0, weight_decay=weight_decay, momentum=momentum))
@@ -395,7 +395,7 @@ class Muon(torch.optim.Optimizer):
             if rows == 3 * columns:
                 rows = columns  # c_attn is three maps, for q, k and v, in one product
             stack = orthogonalize(stack.view(-1, rows, columns)).view_as(stack)
-            # as large as AdamW's steps: one learning rate serves both (arXiv 2502.16982)
+            # steps as large as AdamW's, so one learning rate suits both (arXiv 2502.16982)
             stack *= 0.2 * math.sqrt(max(rows, columns))
             for p, direction in zip(matrices, stack, strict=True):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
@@ -408,12 +408,12 @@ def make_optimizers(model, name, weight_decay):
     embeddings = [p for n, p in model.named_parameters() if p.dim() == 2 and ".h." not in n]
     decayed = embeddings if name == "muon" else embeddings + in_blocks
     groups = [{"params": decayed}, {"params": vectors, "weight_decay": 0.0}]
-    # betas as for GPT-3; the loop sets the learning rate
+    # GPT-3's betas; the loop sets the learning rate
     adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
     return [adamw, Muon(in_blocks, weight_decay)] if name == "muon" else [adamw]
 
 def get_lr(step, max_lr, min_lr, warmup_steps, max_steps):
-    """A linear warmup, as large first steps diverge, then a cosine to min_lr."""
+    """A linear warmup, since large first steps diverge, then a cosine down to min_lr."""
     if step < warmup_steps:
         return max_lr * (step + 1) / warmup_steps
     decay_ratio = min(1, (step - warmup_steps) / max(1, max_steps - warmup_steps))
@@ -421,7 +421,7 @@ def get_lr(step, max_lr, min_lr, warmup_steps, max_steps):
     return min_lr + coeff * (max_lr - min_lr)
 
 # evaluation ------------------------------------------------------------------
-# cuDNN's attention plans anew for each length; these serve where the length varies
+# attention without cuDNN's kernel, which makes a new plan for each length
 ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 def mean_over_ranks(value, device):
@@ -444,7 +444,7 @@ def evaluate(model, loader, n_batches):
     return mean_over_ranks(loss_accum, loader.device)
 
 def sample(model, tokenizer, prompt, n_samples, seed):
-    """n_samples texts from the prompt. The constants sample_tokens, temperature, top_k say how."""
+    """Returns texts that begin with the prompt; see sample_tokens, temperature and top_k."""
     model.eval()
     device = model.lm_head.weight.device
     start = tokenizer.encode(prompt or "<|endoftext|>", allowed_special="all")
@@ -456,7 +456,7 @@ def sample(model, tokenizer, prompt, n_samples, seed):
     return [prompt + text.partition("<|endoftext|>")[0] for text in texts]
 
 # log and checkpoints ---------------------------------------------------------
-# dense FLOP/s in 16 bits, from the data sheets; the first name found in a GPU's own counts
+# dense 16-bit FLOP/s from the data sheets; the first key found in the GPU's name counts
 PEAK_FLOPS = {"T4": 65e12, "V100": 125e12, "L4": 121e12, "L40S": 362e12, "A10": 125e12,
     "A100": 312e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12,
     "B200": 2250e12, "RTX 3090": 71e12, "RTX 4090": 165e12, "RTX 5090": 209e12, "MI300X": 1307e12}
@@ -467,7 +467,7 @@ def get_peak_flops(device):
     return PEAK_FLOPS[names[0]] if names else None
 
 def lock(path):
-    """Keeps a second run out of the same folder, for as long as this process lives."""
+    """Keeps other runs out of the folder as long as this process lives."""
     try:
         return FileLock(path).acquire(timeout=0)
     except Timeout:
@@ -476,7 +476,7 @@ def lock(path):
         print(f"warning: {path} can't be locked: {error}")
 
 def move_aside(log_dir):
-    """log/gpt2, with an older run, becomes log/gpt2-1, or -2, ..."""
+    """Renames log/gpt2, which holds an older run, to log/gpt2-1, or -2, ..."""
     n = 1
     while os.path.exists(f"{log_dir}-{n}"):
         n += 1
@@ -485,16 +485,16 @@ def move_aside(log_dir):
     print(f"moved the older run in {log_dir} to {log_dir}-{n}")
 
 def checkpoint_paths(log_dir):
-    """Step -> path of the checkpoints in log_dir, in order."""
+    """The checkpoints in log_dir as {step: path}, in order."""
     names = glob.glob("ckpt_*.pt", root_dir=log_dir)
     steps = sorted(int(name[5:-3]) for name in names if name[5:-3].isdigit())
     return {step: f"{log_dir}/ckpt_{step:06d}.pt" for step in steps}
 
 def save_checkpoint(log_dir, checkpoint, keep, final):
-    """Writes a checkpoint and removes old ones. If it can't, it warns; the final one raises."""
+    """Saves a checkpoint, removes old ones. If it can't, it warns, or raises if `final`."""
     path = f"{log_dir}/ckpt_{checkpoint['step']:06d}.pt"
     try:
-        # written beside it and renamed, so that a kill never leaves half a checkpoint
+        # renamed only when complete, so that a kill never leaves half a checkpoint
         with open(path + ".tmp", "wb") as file:
             torch.save(checkpoint, file)
             file.flush()
@@ -505,10 +505,10 @@ def save_checkpoint(log_dir, checkpoint, keep, final):
             os.remove(path + ".tmp")
         if final:
             raise
-        # when the disk is full, torch reports something else, with the cause as its context
+        # on a full disk, torch raises another error, with the real cause as its context
         print(f"warning: {path} can't be saved: {error.__context__ or error}")
         return
-    # checkpoints of later steps stay: they did not load, and someone may want to look at them
+    # checkpoints of later steps are damaged; they stay, in case someone wants to see them
     paths = checkpoint_paths(log_dir)
     removable = [s for s in paths if s <= checkpoint["step"] and s % 5000 != 0]
     if keep > 0:
@@ -516,7 +516,7 @@ def save_checkpoint(log_dir, checkpoint, keep, final):
             os.remove(paths[old])
 
 def load_checkpoint(log_dir):
-    """The newest checkpoint that is not damaged, or None where there are none."""
+    """The newest checkpoint that is not damaged, or None if there is none."""
     paths = list(checkpoint_paths(log_dir).values())
     for path in reversed(paths):
         try:
@@ -530,7 +530,7 @@ def load_checkpoint(log_dir):
     print(f"no checkpoint in {log_dir} yet: starting from scratch")
 
 def check_resume(config, saved):
-    """Exits where a resumed run would have another model, optimizer or order of data."""
+    """Exits if a resumed run would have another model, optimizer or order of data."""
     fixed = "checksum encoding seed T total_batch_size n_layer n_head n_embd optimizer".split()
     changed = [f"{k} was {saved[k]}, is {config[k]}" for k in fixed if saved[k] != config[k]]
     if changed:
@@ -538,7 +538,7 @@ def check_resume(config, saved):
 
 # the launch ------------------------------------------------------------------
 def parse_flag(arg):
-    """Turns "--B=16" into ("B", 16). Exits if the name or the type is no constant's."""
+    """Turns "--B=16" into ("B", 16). Exits if the name or the type is wrong."""
     name, _, text = arg.removeprefix("--").partition("=")
     if name not in constants:
         nearest = difflib.get_close_matches(name, constants, n=1, cutoff=0)[0]
@@ -555,7 +555,7 @@ def parse_flag(arg):
     return name, kind(value)
 
 def constants_of_launch(args):
-    """The constants above, then what a text file replaces, then the flags."""
+    """The constants above, overridden by the defaults for a text file, then by the flags."""
     flags = dict(parse_flag(arg) for arg in args if arg != "--help")
     launch = constants | flags
     if not os.path.isdir(launch["data"]):
@@ -567,7 +567,7 @@ def constants_of_launch(args):
     return launch
 
 def default_dtype(device):
-    """The fastest dtype the device multiplies in natively; old GPUs emulate bfloat16."""
+    """The fastest dtype that the device supports natively; old GPUs emulate bfloat16."""
     if device == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return "bfloat16" if native else "float16"
@@ -575,15 +575,15 @@ def default_dtype(device):
     return "bfloat16" if native else "float32"
 
 def torchrun_store(world_size):
-    """Where the processes of a launch leave their addresses for each other. After a restart it
-    still has those of dead processes: each attempt uses a part of its own, under a prefix."""
+    """Where the processes of a launch find each other's addresses. After a restart they would
+    also find those of dead processes, so each attempt uses a prefix of its own."""
     store, _, _ = next(dist.rendezvous("env://"))
     if int(os.environ["LOCAL_WORLD_SIZE"]) == world_size:  # for several nodes see README.md
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     return store
 
 def setup_distributed(device, rank, world_size, timeout):
-    """Connects the processes: from here on they can average tensors."""
+    """Connects the processes, so that they can average tensors."""
     backend = "nccl" if device == "cuda" else "gloo"
     gpu = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else None
     dist.init_process_group(backend, store=torchrun_store(world_size), rank=rank,
@@ -599,7 +599,7 @@ def fit_batch(B, T, total_batch_size, world_size):
 
 stop_signals = []  # when they came
 def on_stop_signal(number, frame):
-    """Lets the step end, to save it. A second signal exits, unless it comes at once."""
+    """Lets the step finish and be saved. A second signal after 0.5 s exits at once."""
     stop_signals.append(time.monotonic())
     if stop_signals[-1] - stop_signals[0] > 0.5:
         os._exit(1)
@@ -613,7 +613,7 @@ if __name__ == "__main__":
 
     # torchrun starts a process for each GPU and numbers them; plain python is rank 0 of 1
     rank = int(os.environ.get("RANK", 0))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))  # among those on this machine
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))  # its number on this machine
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     ddp = world_size > 1
     master_process = rank == 0  # it prints, logs and saves
@@ -633,7 +633,7 @@ if __name__ == "__main__":
     if dtype == "auto":
         dtype = default_dtype(device)
     autocast = torch.autocast(device, getattr(torch, dtype), enabled=dtype != "float32")
-    # float16 would round small gradients to 0: scale the loss up. Not needed in other dtypes
+    # float16 would round small gradients to 0, so scale the loss up. Other dtypes don't
     scaler = torch.amp.GradScaler(device, enabled=dtype == "float16")
     device_name = torch.cuda.get_device_name() if device == "cuda" else device
     print(f"{world_size} x {device_name}, {dtype}")
@@ -652,7 +652,7 @@ if __name__ == "__main__":
     if val_every > 0:
         shards = load_split(data, "val", encoding)
         val_loader = TokenLoader(shards, B, T, rank, world_size, device)
-        # whole steps: then any number of processes evaluates on the same tokens
+        # whole steps, so that any number of processes evaluates on the same tokens
         val_steps = max(1, min(val_steps, val_loader.n_windows // windows_per_step))
         val_batches = val_steps * grad_accum_steps  # of each rank
 
@@ -674,12 +674,12 @@ if __name__ == "__main__":
         if max_steps > 0:
             check_resume(config, checkpoint["config"])
         start_step, log_size = checkpoint["step"], checkpoint["log_size"]
-        max_steps = max(max_steps, start_step)  # past its end, a run is only evaluated
+        max_steps = max(max_steps, start_step)  # a run past its end is only evaluated
         raw_model = GPT(GPTConfig(**checkpoint["config"]["model"] | {"dropout": dropout}))
         raw_model.load_state_dict(checkpoint["model"])
         print(f"resuming at step {start_step}")
     elif init_from in ("scratch", "resume"):
-        vocab_size = 256 if encoding == "bytes" else 50304  # faster than 50257: 393 * 128
+        vocab_size = 256 if encoding == "bytes" else 50304  # 393 * 128 is faster than 50257
         raw_model = GPT(GPTConfig(T, vocab_size, n_layer, n_head, n_embd, dropout))
     else:
         try:
@@ -695,19 +695,19 @@ if __name__ == "__main__":
     optimizers = make_optimizers(raw_model, optimizer, weight_decay)
     if checkpoint is not None:
         for opt, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
-            # its state alone: weight decay and the like are this launch's
+            # only the state; settings like the weight decay come from this launch
             opt.load_state_dict(opt.state_dict() | {"state": saved["state"]})
         if checkpoint["scaler"]:  # empty after a run in another dtype
             scaler.load_state_dict(checkpoint["scaler"])
         del checkpoint
 
-    # model trains and gives the validation loss; raw_model, the same weights, does the rest
+    # model trains and validates; raw_model, with the same weights, does everything else
     model = torch.compile(raw_model) if compile else raw_model
     if ddp:
         model = DDP(model, gradient_as_bucket_view=True)  # averages gradients in backward
     config["model"] = vars(raw_model.config)
     n_params = sum(p.numel() for p in raw_model.parameters())
-    # forward 2 FLOP a parameter, but not for positions, backward 4; attention 12 L C T
+    # FLOP per parameter: 2 forward, 4 backward (positions: none). Attention: 12 L C T
     c = raw_model.config
     flops_per_token = 6 * (n_params - c.block_size * c.n_embd) + 12 * c.n_layer * c.n_embd * T
     peak = get_peak_flops(device_name) if dtype != "float32" else None
@@ -720,7 +720,7 @@ if __name__ == "__main__":
         if init_from != "resume" and os.listdir(log_dir):
             move_aside(log_dir)
         log_file = open(f"{log_dir}/log.jsonl", "a", buffering=1)
-        # a resumed run goes on where its checkpoint was saved: the lines after it come again
+        # a resumed run repeats the steps after its checkpoint, so it drops their lines
         if log_size < os.path.getsize(log_file.name):
             log_file.truncate(log_size)
         if log_size == 0:
@@ -733,7 +733,7 @@ if __name__ == "__main__":
         if writes_files and wandb_log:
             wandb.log(event, step=step)
 
-    # for HellaSwag and samples; what can't be downloaded is left out, and training goes on
+    # for HellaSwag and samples; if a download fails, training goes on without them
     encoding = "bytes" if raw_model.n_tokens == 256 else "gpt2"
     examples = tokenizer = None
     if hella_every > 0 and encoding == "gpt2":
@@ -747,7 +747,7 @@ if __name__ == "__main__":
         prompt = open(prompt[1:]).read()
 
     def due(every):
-        """Every so many steps, and at the last one."""
+        """True every so many steps, and at the last one."""
         return every > 0 and (last_step or step % every == 0)
 
     signal.signal(signal.SIGINT, on_stop_signal)
@@ -755,7 +755,7 @@ if __name__ == "__main__":
     stopping = False
     results = {}  # for the last line that is printed
     t_start = time.perf_counter()
-    # here, `step` updates are done: after the last one, we come here to evaluate and save
+    # `step` updates are done here; the last round of the loop only saves and evaluates
     for step in range(start_step, max_steps + 1):
         last_step = step == max_steps
 
@@ -798,28 +798,28 @@ if __name__ == "__main__":
                 group["lr"] = lr
         torch.manual_seed(hash((seed, step, rank)))  # for dropout: the same after resuming
 
-        # the batch is too large for the memory: its parts, the micro-batches, add up gradients
+        # a whole batch would need too much memory: add up the gradients of micro-batches
         loss_accum = 0.0
         for micro_step in range(grad_accum_steps):
             x, y = train_loader.batch(step * grad_accum_steps + micro_step)
             if ddp:
-                # DDP averages the gradients of all ranks in backward: only the last time
+                # DDP averages gradients over all ranks in the last backward only
                 model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
             with autocast:
-                # divided by their number, so that the sum is the mean over the whole batch
+                # divide, so that they add up to the mean over the whole batch
                 loss = model(x, y) / grad_accum_steps
             loss_accum += loss.detach()
             scaler.scale(loss).backward()
 
-        # what all ranks have to agree on: the gradient's length, the mean loss, whether to stop
+        # all ranks must agree on the gradient's norm, the mean loss and whether to stop
         for opt in optimizers:
             scaler.unscale_(opt)
         norm = nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf).item()
         train_loss = mean_over_ranks(loss_accum.item(), device)
         stopping = mean_over_ranks(len(stop_signals), device) > 0
 
-        # an infinite gradient would ruin the weights. In float16 gradients overflow at times:
-        # then this step is left out, and scaler.update() halves the scale. Otherwise we stop
+        # an infinite gradient would ruin the weights. float16 gradients can overflow:
+        # skip such a step and let scaler.update() halve the scale. At a scale of 1, stop
         finite = math.isfinite(train_loss + norm)
         if not finite and scaler.get_scale() <= 1:  # it is 1 in other dtypes
             sys.exit(f"step {step}: loss {train_loss}, gradient norm {norm}; lower --max_lr")
@@ -854,4 +854,4 @@ if __name__ == "__main__":
     if ddp:
         dist.barrier()  # rank 0 may still be saving
         dist.destroy_process_group()
-        time.sleep(0.2)  # gloo's threads, while at work, can crash Python's exit
+        time.sleep(0.2)  # gloo's threads can crash Python's exit if still at work

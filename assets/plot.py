@@ -1,11 +1,11 @@
 """
-Draws runs into one picture: their losses, and HellaSwag where they have it.
+Draws runs in one picture: their losses, and HellaSwag if they have it.
 
     pip install matplotlib
     python assets/plot.py log/gpt2 log/gpt2-1 --out=loss.png
 
-A line is the training loss, dots are the validation loss. Dashed lines are what OpenAI's models
-reach: GPT-2 (124M) on FineWeb-Edu's validation shard and on HellaSwag, GPT-3 (124M) on HellaSwag.
+Lines are training losses, dots are validation losses. Dashed lines show what OpenAI's models reach:
+GPT-2 (124M) on FineWeb-Edu's validation shard and on HellaSwag, GPT-3 (124M) on HellaSwag.
 """
 import argparse
 import json
@@ -49,11 +49,11 @@ for i, (log_dir, (_, events)) in enumerate(runs.items()):
     if with_hellaswag:
         draw(plots[1], events, "hellaswag", **style)
 
-# the first steps would leave no room for the others
+# the high losses of the first steps would leave no room for the others
 losses.sort()
 if losses:
     plots[0].set_ylim(top=losses[int(0.96 * len(losses))])
-# 3.29 is a loss per token of GPT-2, on shards
+# 3.29 is a loss per GPT-2 token, so it is drawn only for shards
 if any(c["model"]["vocab_size"] > 256 and not Path(c["data"]).suffix for c, _ in runs.values()):
     draw_reference(plots[0], 3.29, "GPT-2 (124M) on FineWeb-Edu")
 if with_hellaswag:

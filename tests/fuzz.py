@@ -1,11 +1,11 @@
 """
-Random damage: bits flipped, ends cut off, bytes appended to shards, checkpoints and log.jsonl, and
-command lines with nonsense in them. Whatever it is, a run ends well, in the same weights as without
-the damage, or in one line that says what is wrong; never in a traceback, a crash or a hang.
+Random damage: flipped bits, cut-off ends and extra bytes in shards, checkpoints and log.jsonl, and
+command lines with nonsense in them. Whatever the damage, a run either ends with the same weights as
+without it, or with one line that says what is wrong. It never ends in a traceback, crash or hang.
 
     python tests/fuzz.py --rounds=5000 --seed=1
 
-Runs are forks of this process, which has imported everything once: five to ten of them a second.
+Runs are forks of this process, which has imported everything once: five to ten runs a second.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def damage(path, chance):
         kind = chance.random()
         if kind < 0.6 and content:
             where = chance.randrange(len(content))
-            if chance.random() < 0.3:  # in the headers more often
+            if chance.random() < 0.3:  # damage the headers more often
                 where = chance.randrange(min(200, len(content)))
             content[where] ^= 1 << chance.randrange(8)
         elif kind < 0.8:
@@ -57,7 +57,7 @@ class Fuzz:
         np.save(self.shards / "train_1.npy", tokens[1000:3000])
         write_bin(self.shards / "train_2.bin", tokens[3000:])
         self.straight, self.resumable = {}, {}
-        for data in (self.text, self.shards):  # six updates; and a run that was killed after four
+        for data in (self.text, self.shards):  # a run of six updates, and one killed after four
             log_dir = folder / f"log-{data.name}"
             flags = [*SMALL, f"--data={data}", f"--log_dir={log_dir}"]
             result = fork(*flags, "--max_steps=6")
@@ -67,7 +67,7 @@ class Fuzz:
             self.resumable[data] = log_dir
 
     def resume(self, data, damaged):
-        """Damages a file of a resumable run or its shards. -> status, stdout, stderr, log_dir"""
+        """Damages a file of a resumable run or of its data. -> status, stdout, stderr, log_dir"""
         log_dir, source = self.folder / "log", self.folder / "data"
         for old in (log_dir, source):
             shutil.rmtree(old, ignore_errors=True)
@@ -117,11 +117,11 @@ class Fuzz:
             return [self.chance.choice(list(source.iterdir()))]
 
         status, out, err, log_dir = self.resume(self.shards, damaged)
-        # tokens in the vocabulary may change unnoticed: names and lengths identify the data
+        # a token may change to another one unnoticed: only names and lengths are checked
         return status, err
 
     def command_line(self):
-        """Values that are nonsense for names that exist, and flags with characters changed."""
+        """Nonsense values for names that exist, and flags with some characters changed."""
         chance = self.chance
         text = (ROOT / "train_gpt2.py").read_text()
         listed = re.findall(r"^(\w+(?:, \w+)*) = ", text.split("# --name=value")[0], re.MULTILINE)
@@ -149,12 +149,12 @@ class Fuzz:
         status, err = kind()
         assert status in (0, 1), f"exit status {status}: {err}"
         lines = [line for line in err.splitlines() if line.strip() and "model shards: " not in line]
-        assert len(lines) == status, err  # but for transformers' progress bar
+        assert len(lines) == status, err  # apart from transformers' progress bar
         return kind.__name__, status
 
 
 def fuzz(folder, rounds, seed=0):
-    """-> how often each kind of damage had which exit status."""
+    """Returns how often each kind of damage led to each exit status."""
     fuzz, found = Fuzz(folder, seed), collections.Counter()
     for i in range(rounds):
         try:

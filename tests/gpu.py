@@ -3,11 +3,11 @@
 python tests/gpu.py
 python tests/gpu.py nanoGPT/model.py build-nanogpt/train_gpt2.py llm.c/train_gpt2.py
 
-The CUDA tests; GPT-2 (124M) by runs of train_gpt2.py itself at the largest B that fits, with AdamW
-and with Muon; the time to the first step, with an empty and with a filled cache of compiled
-kernels; an evaluation, HellaSwag and samples; and other scripts' steps, if any are given, by
-tests/speed.py. Nothing is downloaded: the tokens are random, as frequent as words are. Nothing is
-written into the repository. --small is a rehearsal with a tiny model, as on a machine without GPU.
+It runs the CUDA tests. It trains GPT-2 (124M) with train_gpt2.py at the largest B that fits, with
+AdamW and with Muon. It times the first step, with an empty and a full cache of compiled kernels,
+then an evaluation, HellaSwag and samples, and, by tests/speed.py, other scripts if any are given.
+Nothing is downloaded: the tokens are random, with the frequencies of words. Nothing is written into
+the repository. --small is a rehearsal with a tiny model; without a GPU it is the default.
 """
 
 import argparse
@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 started = time.monotonic()
 folder = tempfile.TemporaryDirectory(prefix="gpu-")  # removed at the end
 TEMP = Path(folder.name)
-# before torch is imported, here and in what this starts: compiled kernels go to a cache of its own
+# set before this process or a child imports torch: compiled kernels get a cache of their own
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(TEMP / "cache")
 os.environ["TRITON_CACHE_DIR"] = str(TEMP / "cache" / "triton")
 os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
@@ -45,7 +45,7 @@ import train_gpt2  # noqa: E402
 parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
 parser.add_argument("peers", nargs="*", help="other scripts, as for tests/speed.py")
 parser.add_argument("--small", action="store_true", help="a rehearsal: a tiny model, few steps")
-parser.add_argument("--minutes", type=float, default=10, help="the peers get what is left of them")
+parser.add_argument("--minutes", type=float, default=10, help="the peers get the time that is left")
 args = parser.parse_args()
 device = train_gpt2.device
 cuda = device == "cuda"
@@ -59,10 +59,10 @@ if small:
 else:
     shape = dict(n_layer=12, n_head=12, n_embd=768)
     T, warmup, steps, n_examples, sample_tokens, eval_batches = 1024, 6, 60, 1000, 128, 16
-    # what is sure not to fit is not tried: a sequence takes about half a GiB
+    # skip what can't possibly fit: a sequence takes about half a GiB
     candidates = [B for B in (64, 32, 16, 8, 4, 2, 1) if 0.35 * B < memory]
 
-rows = []  # of the table: a name, and a value for AdamW and for Muon, or one for both
+rows = []  # of the table: a name, then one value for AdamW and one for Muon, or one for both
 
 
 def say(text):
@@ -85,7 +85,7 @@ def driver():
 
 
 def random_tokens(n, seed):
-    """Token ids that are as frequent as words are: the k-th most frequent in proportion to 1/k."""
+    """Token ids with the frequencies of words: the k-th most frequent in proportion to 1/k."""
     rng = np.random.default_rng(seed)
     frequency = 1 / np.arange(1, 50257)
     ranks = rng.choice(50256, n, p=frequency / frequency.sum())
@@ -93,7 +93,7 @@ def random_tokens(n, seed):
 
 
 class Run:
-    """A run of train_gpt2.py to its end, by the script itself."""
+    """Runs train_gpt2.py to its end."""
 
     def __init__(self, name, optimizer, B, total_batch_size, max_steps):
         say(f"train_gpt2.py, {optimizer}, B={B}, {max_steps} steps of {total_batch_size:,} tokens")
@@ -128,7 +128,7 @@ class Run:
             self.mfu = [event["mfu"] for event in events]
             peak = re.search(r"[\d.]+ GiB(?= of GPU memory)", text)
             self.peak = peak.group() if peak else "not counted"
-        shutil.rmtree(log_dir, ignore_errors=True)  # the model that it has saved
+        shutil.rmtree(log_dir, ignore_errors=True)  # with the model that it has saved
 
 
 # the CUDA tests
@@ -177,7 +177,7 @@ rows.append(["s to the first step, nothing compiled yet", f"{cold.first_step:.1f
 rows.append(["s to the first step, compiled before", *(
     f"{run.first_step:.1f}" for run in (adamw, muon))])
 
-# what training stops for once in a while, by the functions that it calls
+# what interrupts training once in a while, timed by calling the same functions
 say("an evaluation, HellaSwag and samples")
 if cuda:
     torch.set_float32_matmul_precision("high")
@@ -221,7 +221,7 @@ del model, raw_model
 if cuda:
     torch.cuda.empty_cache()
 
-# other scripts, in the time that is left
+# other scripts get the time that is left
 peers = ""
 if args.peers:
     say("other scripts")
@@ -253,7 +253,7 @@ print("| | AdamW | Muon |\n|---|---|---|")
 for name, *values in rows:
     print("|", " | ".join([name, *values, ""][:3]), "|")
 if peers:
-    print(f"\nBeside others, steps without accumulation:\n\n```\n{peers.strip()}\n```")
+    print(f"\nCompared with others, steps without accumulation:\n\n```\n{peers.strip()}\n```")
 print(f"\nMeasured in {(time.monotonic() - started) / 60:.1f} minutes.")
 folder.cleanup()
 sys.exit(tests.returncode)

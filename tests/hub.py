@@ -1,5 +1,5 @@
-"""A hub on loopback that huggingface_hub's own client can talk to: it serves a folder as a dataset,
-with ranges, and can break connections off."""
+"""A hub on loopback for huggingface_hub's own client. It serves a folder as a dataset, supports
+range requests, and can break off connections."""
 
 import hashlib
 import http.server
@@ -17,9 +17,9 @@ COMMIT = "0123456789" * 4
 
 
 class Hub(http.server.ThreadingHTTPServer):
-    """requests lists (method, path, range) of all that was asked for. drops maps a file's name to
-    the number of bytes after which each of the first attempts at it breaks off: closed in order,
-    or reset (as by a firewall) if reset is set. A stalled file never comes."""
+    """requests lists the (method, path, range) of each request. drops maps a file's name to a list:
+    for each of the first attempts, the number of bytes after which the connection breaks off. It
+    is closed in order, or reset (as by a firewall) if reset is set. A stalled file never comes."""
 
     daemon_threads = True
 
@@ -31,7 +31,7 @@ class Hub(http.server.ThreadingHTTPServer):
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     def env(self, home):
-        """What the client needs to know, and a place for its cache."""
+        """The environment for the client: where this hub is, and a folder for the cache."""
         url = f"http://127.0.0.1:{self.server_port}"
         return {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
 

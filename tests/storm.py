@@ -1,6 +1,6 @@
 """
 A storm of kills: one run is left alone, another is killed (-9) again and again, at random moments,
-and resumed each time. In the end the two must be the same: weights, optimizer, every step once.
+and resumed each time. In the end, both must have the same weights, optimizer state and steps.
 
     python tests/storm.py --kills=100 --processes=2
 """
@@ -32,14 +32,14 @@ from conftest import (
 
 
 def processes_of(log_dir):
-    """pid -> command line: torchrun, and its workers, which have process groups of their own."""
+    """Returns {pid: command line} of torchrun and its workers, which have groups of their own."""
     ps = subprocess.run(["ps", "-Aww", "-o", "pid=,args="], capture_output=True, text=True)
     rows = [line.split(None, 1) for line in ps.stdout.splitlines()]
     return {int(pid): args for pid, args in rows if f"--log_dir={log_dir}" in args}
 
 
 def ranks_of(log_dir):
-    """The pids of a run under torchrun without torchrun's own."""
+    """The pids of a run under torchrun, without that of torchrun itself."""
     return [pid for pid, a in processes_of(log_dir).items() if "torch.distributed.run" not in a]
 
 
@@ -57,12 +57,12 @@ def kill_all(process, log_dir):
 def steps_logged(log_dir):
     try:
         return (Path(log_dir) / "log.jsonl").read_bytes().count(b'"train_loss"')
-    except FileNotFoundError:  # not yet, or just being moved aside by a run that starts anew
+    except FileNotFoundError:  # not there yet, or just moved aside by a new run
         return 0
 
 
 def different_tensors(a, b):
-    """How many of the tensors in two nested dicts differ in any bit."""
+    """Counts the tensors in two nested dicts that differ in any bit."""
     if isinstance(a, dict):
         return sum(different_tensors(a[key], b[key]) for key in a)
     if isinstance(a, torch.Tensor):
@@ -72,12 +72,12 @@ def different_tensors(a, b):
 
 
 def begin(*flags, processes):
-    """One process is forked, and has started in half a second; several are torchrun's, in five."""
+    """Forks one process (starts in 0.5 s), or starts several by torchrun (5 s)."""
     return Fork(*TINY, *flags) if processes == 1 else start(*flags, processes=processes)
 
 
 def storm(folder, kills, processes=1, seed=0, flags=()):
-    """-> {"kills", "tensors that differ", "steps lost", "steps twice"}; prints each kill."""
+    """Returns {"kills", "tensors that differ", "steps lost", "steps twice"}; prints each kill."""
     (folder / "play.txt").write_bytes((ROOT / "input.txt").read_bytes()[:120_000])
     flags = [f"--data={folder}/play.txt", f"--max_steps={50 * kills}", "--save_every=3", *flags]
     flags += ["--dropout=0.1", "--B=4", "--total_batch_size=256", "--val_every=100", "--keep=2"]
@@ -87,7 +87,7 @@ def storm(folder, kills, processes=1, seed=0, flags=()):
     while done < kills:
         resume = ["--init_from=resume"] if list(stormy.glob("*.pt")) else []
         process = begin(*flags, f"--log_dir={stormy}", *resume, processes=processes)
-        if chance.random() < 0.2:  # anywhere, in the start-up too
+        if chance.random() < 0.2:  # at any moment, also during the start
             time.sleep(chance.uniform(0, 0.5 if processes == 1 else 5))
         else:
             before = steps_logged(stormy)

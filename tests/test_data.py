@@ -1,4 +1,4 @@
-"""The order of the data: every window once an epoch, the same for any number of processes."""
+"""The order of the data: each window once per epoch, the same for any number of processes."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ def loader(data, split, T, seed=None, encoding="gpt2", **how):
 
 
 def windows_of_step(data, step, per_step, world_size, B):
-    """What all the processes together read in a step, as the training loop asks for it."""
+    """What all processes together read in a step, by the same calls as in the training loop."""
     grad_accum_steps = per_step // (world_size * B)
     ranks = [
         loader(data, "train", 32, seed=7, B=B, rank=rank, world_size=world_size)
@@ -50,7 +50,7 @@ def test_every_window_once_an_epoch(shards):
 
 
 def test_later_epochs_are_cut_elsewhere(tmp_path):
-    """Windows begin at 0.618 T e (modulo T), but the last ones where there is room for them."""
+    """In epoch e, windows begin at 0.618 T e (modulo T). The last one moves back to fit."""
     (tmp_path / "any.txt").write_bytes(bytes(i % 251 for i in range(1115)))  # 1004 for training
     tokens = loader(tmp_path / "any.txt", "train", 16, seed=7, encoding="bytes")
     assert tokens.n_windows == 62
@@ -116,7 +116,7 @@ def test_text_is_bytes_and_the_last_tenth_is_val(tmp_path):
     assert train_split.n_windows == 230 and val.n_windows == 25
 
 
-# what bad data must lead to
+# bad data
 
 
 @pytest.fixture
@@ -181,11 +181,11 @@ def test_folder_without_shards(folder, tmp_path_factory):
     (folder / "val_0.npy").unlink()
     line = problem(folder)
     assert "val" in line and "fineweb.py" in line
-    assert "fineweb.py" in problem(folder / "train_1.npy")  # a shard is no text
+    assert "fineweb.py" in problem(folder / "train_1.npy")  # a shard is not a text
 
 
 def test_short_shards_and_unfinished_files_are_passed_over(folder):
-    np.save(folder / "train_2.npy", np.arange(32, dtype=np.uint16))  # one less than a window
+    np.save(folder / "train_2.npy", np.arange(32, dtype=np.uint16))  # one token less than a window
     (folder / "train_3.npy.tmp").write_bytes(b"half a shard")
     result = train(f"--data={folder}", f"--log_dir={folder}-log", "--max_steps=1")
     assert "loss" in result.stdout

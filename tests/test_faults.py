@@ -39,7 +39,7 @@ def test_an_earlier_run_is_moved_aside(text, tmp_path):
 
 
 def test_resume_where_there_is_nothing_yet(text, tmp_path):
-    """From scratch, and said so; and no run is moved aside, though it had logged already."""
+    """The run starts from scratch and says so. It moves no run aside, even if one has a log."""
     flags = f"--data={text}", f"--log_dir={tmp_path}/log", "--init_from=resume", "--max_steps=2"
     assert "no checkpoint" in train(*flags, "--save_every=0").stdout
     first = log_of(tmp_path / "log")
@@ -137,7 +137,7 @@ def test_a_damaged_or_hostile_checkpoint_is_not_used(text, tmp_path):
 
 
 def test_only_the_newest_are_kept(text, tmp_path):
-    """And one in every 5000 steps, which a run that went wrong slowly can go back to."""
+    """Those of every 5000th step stay, too: a run that went wrong slowly can go back to one."""
     flags = f"--data={text}", f"--log_dir={tmp_path}/log", "--save_every=2", "--keep=2"
     train(*flags, "--max_steps=5")
     old = tmp_path / "log" / "ckpt_000004.pt"
@@ -163,7 +163,7 @@ def test_a_damaged_checkpoint_does_not_crowd_out_good_ones(text, tmp_path):
 
 
 def test_never_is_never(text, tmp_path):
-    """An every of 0, also at the end."""
+    """With ..._every=0, nothing happens at the end either."""
     never = [f"--{what}_every=0" for what in ("log", "val", "hella", "sample", "save")]
     result = train(f"--data={text}", f"--log_dir={tmp_path}/log", "--max_steps=2", *never)
     assert "done: 2 steps" in result.stdout and log_of(tmp_path / "log") == []
@@ -171,7 +171,7 @@ def test_never_is_never(text, tmp_path):
 
 
 def test_tokenizer_that_cannot_be_fetched(shards, tmp_path):
-    """No samples, said at the start; training goes on."""
+    """The run says at the start that there are no samples, and trains."""
     result = train(
         f"--data={shards[0]}",
         f"--log_dir={tmp_path}/log",
@@ -188,7 +188,7 @@ def test_init_from_nowhere(text, tmp_path):
     train(*flags)
     before = sorted(tmp_path.rglob("*"))
     assert "nowhere" in mistake(*flags, f"--init_from={tmp_path}/nowhere").lower()
-    assert sorted(tmp_path.rglob("*")) == before  # the earlier run stands where it stood
+    assert sorted(tmp_path.rglob("*")) == before  # the earlier run is still in place
 
 
 def test_context_longer_than_the_pretrained(shards, tmp_path):
@@ -207,7 +207,7 @@ def test_context_longer_than_the_pretrained(shards, tmp_path):
 
 
 def test_a_clock_that_jumps(text, tmp_path):
-    """time.time() goes back and forth by years; the reported times stay what they are."""
+    """time.time() jumps back and forth by years; the reported times are still right."""
     (tmp_path / "sitecustomize.py").write_text(
         "import random, time\ntime.time = lambda: random.uniform(0, 4e9)\n"
     )
@@ -230,7 +230,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 @pytest.mark.skipif(sys.platform != "linux" or torch.cuda.is_available(), reason="limits on Linux")
 def test_out_of_memory(shards, tmp_path):
-    """Logits of 3.3 GB, and then their loss, where 3 GB may still be had."""
+    """The logits take 3.3 GB, and then comes the loss, but only 3 GB are available."""
     (tmp_path / "limited.py").write_text(LIMITED)
     flags = command(f"--data={shards[0]}", "--B=512", "--total_batch_size=16384", "--val_every=0")
     result = subprocess.run(
@@ -280,7 +280,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits on Linux")
 def test_no_space_for_a_checkpoint(text, tmp_path):
-    """Warnings while it trains, an error at the end; what was saved before is still there."""
+    """It warns while it trains and fails at the end. Earlier checkpoints are still there."""
     flags = [f"--data={text}", f"--log_dir={tmp_path}/log", "--max_steps=6", "--save_every=2"]
     train(*flags, "--max_steps=2")
     saved = (tmp_path / "log" / "ckpt_000002.pt").read_bytes()
@@ -297,13 +297,13 @@ def test_no_space_for_a_checkpoint(text, tmp_path):
     assert "File too large" in result.stderr
     assert {path.name for path in (tmp_path / "log").iterdir()} == {"log.jsonl", "ckpt_000002.pt"}
     assert (tmp_path / "log" / "ckpt_000002.pt").read_bytes() == saved
-    train(*flags, "--init_from=resume")  # as soon as there is room
+    train(*flags, "--init_from=resume")  # works once there is room
     assert list(series(tmp_path / "log", "train_loss")) == list(range(6))
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_weights_that_are_not_numbers(text, tmp_path, processes):
-    """All ranks stop before the update, and save nothing."""
+    """All ranks stop before the update and save nothing."""
     flags = [f"--data={text}", f"--log_dir={tmp_path}/log", "--max_steps=4", "--B=4"]
     train(*flags, "--max_steps=2", "--save_every=2")
     path = tmp_path / "log" / "ckpt_000002.pt"
@@ -312,13 +312,13 @@ def test_weights_that_are_not_numbers(text, tmp_path, processes):
     torch.save(checkpoint, path)
     result = run(*flags, "--init_from=resume", "--val_every=0", processes=processes)
     assert result.returncode == 1
-    # not by lines: where Python's output is unbuffered, two ranks can write into one
+    # don't count lines: if Python's output is unbuffered, two ranks can write into one line
     assert result.stderr.count("step 2: loss nan") == processes, result.stderr
     assert list((tmp_path / "log").glob("*.pt")) == [path]
 
 
 def test_flipped_bits_in_a_checkpoint(text, tmp_path):
-    """In the middle of a tensor, where torch.load would not notice."""
+    """A bit in the middle of a tensor is flipped, which torch.load would not notice."""
     flags = [f"--data={text}", f"--log_dir={tmp_path}/log", "--max_steps=4", "--save_every=2"]
     train(*flags)
     path = tmp_path / "log" / "ckpt_000004.pt"
@@ -333,7 +333,7 @@ def test_flipped_bits_in_a_checkpoint(text, tmp_path):
 
 
 def test_a_damaged_log_is_kept(text, tmp_path):
-    """Lines that are no longer JSON do not stop a run, and are not thrown away."""
+    """Lines that are no longer JSON don't stop a run and are kept."""
     flags = [f"--data={text}", f"--log_dir={tmp_path}/log", "--save_every=2"]
     train(*flags, "--max_steps=4")
     log = tmp_path / "log" / "log.jsonl"
@@ -346,7 +346,7 @@ def test_a_damaged_log_is_kept(text, tmp_path):
     assert now[: len(before_4)] == before_4
     for step in (4, 5):
         assert sum(line.startswith(b'{"step": %d, "train_loss"' % step) for line in now) == 1
-    assert not any(line.startswith(b'{"step": 4, "val_loss"') for line in now)  # of the earlier end
+    assert not any(line.startswith(b'{"step": 4, "val_loss"') for line in now)  # the old last step
 
 
 WANDB = ["--max_steps=2", "--wandb_log=1"]
@@ -361,7 +361,7 @@ def test_wandb_that_is_not_installed(text, tmp_path):
 
 
 def test_wandb_without_a_login_or_offline(text, tmp_path):
-    """No key: an error, before anything is written; offline: it works."""
+    """Without a key it fails before anything is written; offline it works."""
     flags = [f"--data={text}", f"--log_dir={tmp_path}/log", *WANDB]
     home = {"HOME": str(tmp_path), "WANDB_API_KEY": "", "NETRC": str(tmp_path / "netrc")}
     home["WANDB_DIR"] = str(tmp_path)

@@ -1,4 +1,4 @@
-"""GPT-2's weights in one line: a small random one, as transformers saves it, in place of them."""
+"""GPT-2's weights in one line. A small random GPT-2, saved by transformers, stands in for them."""
 
 import re
 
@@ -18,8 +18,8 @@ def folder(tmp_path_factory):
 
 
 def test_fine_tuning_on_a_text(text, folder, tmp_path):
-    """It starts from transformers' loss on the same tokens, which falls; transformers reads the
-    result; and --init_from=resume --encoding=gpt2 continues."""
+    """It starts at transformers' loss on the same tokens, and the loss falls. transformers reads
+    the result, and --init_from=resume --encoding=gpt2 continues."""
     import tiktoken
     from transformers import GPT2LMHeadModel
 
@@ -44,14 +44,14 @@ def test_fine_tuning_on_a_text(text, folder, tmp_path):
 
 
 def talk(folder, *flags, cwd):
-    """The samples of a folder, with nothing to read but its weights."""
+    """The samples from a folder's weights, with no data to read."""
     flags = f"--init_from={folder}", "--data=none", "--max_steps=0", "--val_every=0", *flags
     flags += "--hella_every=0", "--sample_every=1", f"--log_dir={cwd}/log"
     return re.split(r"step +0 \| sample: ", train(*flags).stdout)[1:]
 
 
 def test_samples_without_training(folder, tmp_path):
-    """The same for the same seed; the prompt may be a file; nothing is written."""
+    """Samples depend on the seed. The prompt may be a file. Nothing is written."""
     first = talk(folder, "--prompt=The sea", cwd=tmp_path)
     assert len(first) == 2 and all(text.startswith("The sea") for text in first)
     assert talk(folder, "--prompt=The sea", cwd=tmp_path) == first

@@ -21,7 +21,7 @@ SIZE = 100_000  # tokens in a shard
 
 
 def start(*flags, env=None, script=ROOT / "fineweb.py", **options):
-    """Ctrl-C has its default effect, even if the tests run where it is ignored (in background)."""
+    """Ctrl-C has its default effect, even if the tests run in the background and ignore it."""
     options.setdefault("preexec_fn", lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     return subprocess.Popen(
         [sys.executable, str(script), *map(str, flags)],
@@ -35,14 +35,14 @@ def start(*flags, env=None, script=ROOT / "fineweb.py", **options):
 
 
 def make(*flags, **options):
-    """Runs to a good end; returns what it prints."""
+    """Runs the script, which must succeed; returns what it prints."""
     result = finish(start(*flags, **options))
     assert result.returncode == 0, result.stderr
     return result.stdout
 
 
 def variant(path, old, new):
-    """A copy of the script, in which one piece is another."""
+    """A copy of the script in which one piece is replaced."""
     text = (ROOT / "fineweb.py").read_text()
     assert text.count(old) == 1
     path.write_text(text.replace(old, new))
@@ -50,7 +50,7 @@ def variant(path, old, new):
 
 
 def fail(*flags, **options):
-    """Runs into an error: exit status 1 and one line, which is returned."""
+    """Runs the script, which must fail with exit status 1 and one line, which it returns."""
     result = finish(start(*flags, **options))
     assert result.returncode == 1, result.stdout + result.stderr
     return last_line(result.stderr)
@@ -71,7 +71,7 @@ def shards_of(out):
 
 
 def assert_tokens(out, tokens, size=SIZE):
-    """The shards hold exactly these tokens, and `size` each but for the last."""
+    """The shards hold exactly these tokens; all but the last have `size` tokens."""
     shards = [np.load(path) for path in shards_of(out)]
     assert all(shard.dtype == np.uint16 for shard in shards)
     assert [len(shard) for shard in shards[:-1]] == [size] * (len(shards) - 1)
@@ -81,7 +81,7 @@ def assert_tokens(out, tokens, size=SIZE):
 
 
 def reference(texts):
-    """Three lines to compare with."""
+    """The expected tokens, in three lines of code."""
     import tiktoken
 
     encode = tiktoken.get_encoding("gpt2").encode_ordinary
@@ -97,7 +97,7 @@ def write_parquet(path, texts, **options):
 
 @pytest.fixture(scope="module")
 def texts():
-    """3,000 documents of mixed length, awkward ones among them."""
+    """3,000 documents of mixed length, some of them awkward."""
     play, chance = (ROOT / "input.txt").read_text(), random.Random(0)
     texts = []
     for _ in range(3000):
@@ -118,7 +118,7 @@ def tokens(texts):
 
 @pytest.fixture(scope="module")
 def source(texts, tmp_path_factory):
-    """They in two files, one in many row groups and one in a single one."""
+    """These texts in two files, one with many row groups and one with a single one."""
     folder = tmp_path_factory.mktemp("source")
     write_parquet(folder / "000.parquet", texts[:1000], row_group_size=137)
     write_parquet(folder / "001.parquet", texts[1000:], compression="zstd")
@@ -127,7 +127,7 @@ def source(texts, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def long(source, tokens, tmp_path_factory):
-    """A source that takes seconds, and its tokens: the files three times over."""
+    """A source that takes seconds (the files three times over), and its tokens."""
     folder = tmp_path_factory.mktemp("long")
     for i in range(3):
         for path in source.iterdir():
@@ -137,7 +137,7 @@ def long(source, tokens, tmp_path_factory):
 
 @pytest.fixture
 def hub(source, tmp_path):
-    """The same on the hub."""
+    """The same source on the hub."""
     root = tmp_path / "hub"
     (root / "sample").mkdir(parents=True)
     (root / "sample" / "10BT").symlink_to(source)
@@ -159,7 +159,7 @@ def test_tokens_equal_a_reference(source, texts, tokens, tmp_path, workers):
 
 @pytest.mark.parametrize("size", [5, 11, 22, 100])
 def test_documents_on_the_edge_of_a_shard(tmp_path, size):
-    """Documents of 1, 11 (five tokens longer than a shard) and 10 tokens; 22 in all."""
+    """The documents have 1, 11 and 10 tokens, 22 in all. Some are longer than a shard of 5."""
     texts = ["", " a" * 10, " b" * 9]
     write_parquet(tmp_path / "source" / "a.parquet", texts)
     flags = f"--source={tmp_path / 'source'}", f"--out={tmp_path / 'out'}", f"--shard_size={size}"
@@ -177,7 +177,7 @@ def test_long_runs_do_not_hang(tmp_path):
 
 
 def test_own_text(tmp_path):
-    """A line of .jsonl is a document, a .txt file is one; half of a surrogate pair included."""
+    """A line of .jsonl is a document, and so is a .txt file; one has half a surrogate pair."""
     plays = ["a\r\nb", "ü\0"]
     folder = tmp_path / "source"
     (folder / "deeper").mkdir(parents=True)
@@ -189,20 +189,20 @@ def test_own_text(tmp_path):
     (folder / "notes.md").write_text("not a document")
     (folder / ".#0.txt").symlink_to("an editor's lock")
     os.mkfifo(folder / "fifo.txt")
-    for shards in ("--shards=2", "--shards=1000"):  # --out may be within the source
+    for shards in ("--shards=2", "--shards=1000"):  # --out may be inside the source
         make(f"--source={folder}", f"--out={folder / 'out'}", "--shard_size=1000", shards)
     assert_tokens(folder / "out", reference([*plays, *lines]), 1000)
 
 
 def workers_of(process):
-    """The pids of the workers, all of which are started by spawn."""
+    """The pids of the workers, which are started by spawn."""
     ps = subprocess.run(["ps", "-Aww", "-o", "pid=,ppid=,args="], capture_output=True, text=True)
     rows = [line.split(None, 2) for line in ps.stdout.splitlines()]
     return [int(row[0]) for row in rows if row[1] == str(process.pid) and "spawn_main" in row[2]]
 
 
 def state(pid):
-    """As ps gives it: R, S, ...; Z of a zombie, which no one has waited for yet; "" of none."""
+    """The state that ps shows: R, S, ...; Z for a zombie; "" if there is no such process."""
     ps = ["ps", "-o", "stat=", "-p", str(pid)]
     return subprocess.run(ps, capture_output=True, text=True).stdout[:1]
 
@@ -227,8 +227,8 @@ def times(out):
 
 @pytest.mark.parametrize("seed", range(2))
 def test_kill_9(long, tmp_path, seed):
-    """Killed twice at random moments; no worker is left behind, and no shard that the progress
-    counts is made again (one that a kill has kept from it is, see the next test)."""
+    """Killed twice at random moments, it leaves no worker behind, and makes no shard again that the
+    progress counts. (A shard that was saved but not yet counted is for the next test.)"""
     source, tokens = long
     flags = f"--source={source}", f"--out={tmp_path / 'out'}", f"--shard_size={SIZE}"
     chance, kept = random.Random(seed), {}
@@ -238,7 +238,7 @@ def test_kill_9(long, tmp_path, seed):
         workers = workers_of(process)
         time.sleep(chance.uniform(0, 0.05))
         os.kill(process.pid, signal.SIGKILL)
-        process.wait()  # not for its output, which a worker left behind would hold open
+        process.wait()  # don't wait for its output: a worker left behind would keep it open
         assert workers
         assert_gone(workers)
         now = times(tmp_path / "out")
@@ -254,7 +254,7 @@ def test_kill_9(long, tmp_path, seed):
 
 @pytest.mark.parametrize("shard", [0, 3])
 def test_killed_between_a_shard_and_its_progress(source, tokens, tmp_path, shard):
-    """The shard is made again, of the same bytes, also by other workers with other batches."""
+    """The shard is made again with the same bytes, even by other workers with other batches."""
     flags = f"--source={source}", f"--out={tmp_path / 'out'}", f"--shard_size={SIZE}"
     line = '        progress["shard"] += 1\n'
     kill = f'        if progress["shard"] == {shard}:\n            signal.raise_signal(9)\n'
@@ -286,7 +286,7 @@ def test_shards_and_a_second_run(source, tokens, tmp_path):
 
 @pytest.mark.parametrize("sending", [False, True])
 def test_a_worker_is_killed(long, tmp_path, sending):
-    """Also in the middle of what it sends, for which it waits while the parent is stopped."""
+    """If `sending`, it is killed while it sends: the stopped parent receives nothing."""
     source, tokens = long
     flags = f"--source={source}", f"--out={tmp_path / 'out'}", f"--shard_size={SIZE}"
     process = start(*flags, "--workers=2")
@@ -304,7 +304,7 @@ def test_a_worker_is_killed(long, tmp_path, sending):
 
 
 def test_ctrl_c(long, tmp_path):
-    """As a terminal sends it: to the parent and to its workers."""
+    """A terminal sends it to the parent and to its workers."""
     source, tokens = long
     flags = f"--source={source}", f"--out={tmp_path / 'out'}", f"--shard_size={SIZE}"
     process = start(*flags)
@@ -340,7 +340,7 @@ def test_never_mixed(source, tokens, tmp_path):
     assert str(SIZE) in fail(f"--source={source}", f"--out={out}", f"--shard_size={SIZE + 1}")
     assert str(source) in fail(f"--source={tmp_path / 'other'}", f"--out={out}", size)
     assert str(source) in fail("--pretokenized", f"--out={out}")
-    # a file that has come since then would shift all that are behind it
+    # a new file would shift all the files after it
     (source / "000-new.txt").write_text("new")
     make(f"--source={source}", f"--out={out}", f"--shard_size={SIZE}", "--shards=4")
     (source / "000-new.txt").unlink()
@@ -373,19 +373,19 @@ def test_a_file_system_without_locks(tmp_path):
 
 
 def test_damaged_files(source, texts, tmp_path):
-    """A file that is cut off or damaged is named; what came before it is in shards."""
+    """A file that is cut off or damaged is named; the documents before it are in shards."""
     folder, out = tmp_path / "source", tmp_path / "out"
     write_parquet(folder / "000.parquet", texts)
     whole = (source / "001.parquet").read_bytes()
     middle = len(whole) // 2
     damages = [whole[:-100], whole[:middle] + bytes(100) + whole[middle + 100 :], b""]
     flags = f"--source={folder}", f"--out={out}", "--shard_size=20000", "--workers=1"
-    before = reference(texts[: 256 * (len(texts) // 256 - 5)])  # the last batches are on their way
+    before = reference(texts[: 256 * (len(texts) // 256 - 5)])  # the last may be on their way
     for damage in damages:
         (folder / "001.parquet").write_bytes(damage)
         assert str(folder / "001.parquet") in fail(*flags)
         assert len(shards_of(out)) >= len(before) // 20000
-    (folder / "001.parquet").write_bytes(whole)  # once it is repaired, the rest is made
+    (folder / "001.parquet").write_bytes(whole)  # once it is repaired, the rest follows
     make(*flags)
     assert_tokens(out, reference(texts + texts[1000:]), 20000)
 
@@ -446,7 +446,7 @@ def test_help():
 
 
 def test_no_tokenizer(hub, tmp_path):
-    """Told before anything is downloaded."""
+    """It says so before anything is downloaded."""
     env = {"TIKTOKEN_CACHE_DIR": str(tmp_path / "none"), "HTTPS_PROXY": "http://127.0.0.1:9"}
     message = fail(f"--out={tmp_path / 'out'}", env={**hub.env(tmp_path / "home"), **env})
     assert "TIKTOKEN_CACHE_DIR" in message
@@ -455,7 +455,7 @@ def test_no_tokenizer(hub, tmp_path):
 
 @pytest.mark.parametrize("reset", [False, True])
 def test_the_hub(hub, tokens, tmp_path, reset):
-    """With connections that break off in the middle of a file."""
+    """The connection breaks off in the middle of a file."""
     hub.drops, hub.reset = {"sample/10BT/001.parquet": [300_000]}, reset
     flags = f"--out={tmp_path / 'out'}", f"--shard_size={SIZE}"
     make(*flags, env=hub.env(tmp_path / "home"))
@@ -463,7 +463,7 @@ def test_the_hub(hub, tokens, tmp_path, reset):
     assert hub.drops == {"sample/10BT/001.parquet": []}
     assert hub.fetched() == ["sample/10BT/000.parquet", "sample/10BT/001.parquet"]
     assert COMMIT in (tmp_path / "out" / "progress.json").read_text()
-    hub.shutdown()  # what is complete needs no network
+    hub.shutdown()  # complete shards need no network
     assert make(*flags, env=hub.env(tmp_path / "home")).startswith("done: 2,999 documents, ")
 
 
@@ -478,7 +478,7 @@ def test_downloads_what_is_needed(texts, tokens, tmp_path):
 
 
 def test_ctrl_c_while_a_download_stalls(texts, tmp_path):
-    """It does not wait, and what is complete is not fetched again."""
+    """It does not wait, and complete files are not fetched again."""
     for i, content in enumerate([texts * 3, texts]):
         write_parquet(tmp_path / "hub" / "sample" / "10BT" / f"{i}.parquet", content)
     flags = f"--out={tmp_path / 'out'}", f"--shard_size={SIZE}", "--workers=2"
@@ -499,8 +499,8 @@ def test_ctrl_c_while_a_download_stalls(texts, tmp_path):
 
 @pytest.mark.parametrize("name", ["finewebedu", "fineweb"])
 def test_pretokenized(tmp_path, name):
-    """The shard for validation first, then as many as wanted, and they are never mixed; a download
-    that breaks off resumes where it was."""
+    """It fetches the validation shard first, then as many as wanted. It never mixes sources. A
+    download that breaks off resumes where it was."""
     (tmp_path / "hub").mkdir()
     names = [f"{name}_{'train' if i else 'val'}_{i:06d}.bin" for i in range(4)]
     for i, file in enumerate(names):

@@ -1,4 +1,4 @@
-"""What a GPU needs, as far as it shows without one: graphs, FLOPs, float16; and tests/gpu.py."""
+"""What a GPU needs, as far as we can test it without one: graphs, FLOPs, float16, tests/gpu.py."""
 
 import inspect
 import json
@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import train_gpt2
 from train_gpt2 import GPT, GPTConfig
 
-# the script with a compiler that keeps the graphs as they are, and counts of them at the end
+# runs the script with a compiler that keeps the graphs as they are; counts them at the end
 COUNTING = """
 import json, os, runpy, sys
 from functools import partial
@@ -45,8 +45,8 @@ with open(f"{counts}.{os.environ.get('RANK', 0)}", "w") as file:
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_one_graph_to_train_and_one_to_evaluate(text, tmp_path, processes):
-    """No graph break, and nothing compiled again while steps, evaluations, samples and seeds
-    alternate; in DDP neither."""
+    """There is no graph break, and nothing is compiled again when steps, evaluations, samples and
+    seeds alternate. The same holds in DDP."""
     (tmp_path / "counting.py").write_text(COUNTING)
     launcher = [sys.executable]
     if processes > 1:
@@ -69,14 +69,14 @@ def test_one_graph_to_train_and_one_to_evaluate(text, tmp_path, processes):
 
 @pytest.mark.parametrize("shape", [(12, 12, 768), (24, 16, 1024)])
 def test_flops_per_token(shape):
-    """The formula behind the mfu, against a count of the products, forward and backward.
+    """Compares the formula behind mfu with a count of all products, forward and backward.
 
     Both count attention's products in full, though a causal kernel can skip half. The formula
-    takes each of the vectors (biases, LayerNorms) for a row of a matrix, which the count does
-    not: that is all the difference, 0.1%."""
+    also counts vectors (biases, LayerNorms) as if they were rows of a matrix. That is the only
+    difference: 0.1%."""
     n_layer, n_head, n_embd = shape
     B, T = 2, 1024
-    with FakeTensorMode():  # shapes without numbers
+    with FakeTensorMode():  # has shapes, but no numbers
         model = GPT(GPTConfig(T, 50304, n_layer, n_head, n_embd))
         idx = torch.zeros(B, T, dtype=torch.long)
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -102,7 +102,7 @@ def float16_run(text, tmp_path_factory):
 
 
 def copy_until(log_dir, to, step, scale=None, weight=None):
-    """A run that has come to a step, with another scale or weight planted in its checkpoint."""
+    """A copy of a run up to a step, with another scale or weight planted in its checkpoint."""
     to.mkdir()
     shutil.copy(log_dir / "log.jsonl", to)
     name = f"ckpt_{step:06d}.pt"
@@ -126,7 +126,7 @@ def test_float16_learns_as_float32(text, float16_run, tmp_path):
 
 
 def test_float16_resumes_exactly(float16_run, tmp_path):
-    """Also the scale, which an overflow has changed, and the steps until it grows."""
+    """The scale and its count of steps are resumed, too; an overflow has changed the scale."""
     log_dir, flags = float16_run
     whole = copy_until(log_dir, tmp_path / "whole", 5, scale=2.0**24)
     train(*flags, f"--log_dir={whole}", "--max_steps=20", "--init_from=resume")
@@ -141,12 +141,12 @@ def test_float16_resumes_exactly(float16_run, tmp_path):
 
 
 def test_an_overflow_is_skipped(float16_run, tmp_path):
-    """Each step that overflows halves the scale and changes nothing else; then it goes on. On two
-    processes, too: the losses are means over both, so that an update on either would show."""
+    """Each step that overflows halves the scale and changes nothing else, and training goes on. The
+    same holds on two processes: losses are means over both, so an update on one would show."""
     log_dir, flags = float16_run
     losses = []
-    # of two processes, each has half the rows, with twice the gradient: at half the scale, they
-    # overflow where one process does
+    # each of two processes has half the rows, and so twice the gradient from each row: at half
+    # the scale, they overflow at the same steps as one process
     for processes, scale in ((1, 2.0**24), (2, 2.0**23)):
         planted = copy_until(log_dir, tmp_path / f"log-{processes}", 10, scale=scale)
         how = {"processes": processes} if processes > 1 else {}
@@ -173,7 +173,7 @@ def test_an_overflow_is_skipped(float16_run, tmp_path):
 
 
 def test_overflows_without_end_stop_the_run(float16_run, tmp_path):
-    """A weight is infinite: the scale falls from 4 to 1, and then one line names the step."""
+    """With an infinite weight, the scale falls from 4 to 1. Then one line names the step."""
     log_dir, flags = float16_run
     planted = copy_until(log_dir, tmp_path / "log", 10, scale=4.0, weight=math.inf)
     line = mistake(*flags, f"--log_dir={planted}", "--init_from=resume", "--max_steps=20")
@@ -182,7 +182,7 @@ def test_overflows_without_end_stop_the_run(float16_run, tmp_path):
 
 
 def test_resume_in_float16_after_another_dtype(text, tmp_path):
-    """As on another card: the run before had no scale."""
+    """The earlier run had no scale, as on another card."""
     flags = [f"--data={text}", f"--log_dir={tmp_path}/log"]
     train(*flags, "--max_steps=5")
     train(*flags, "--max_steps=10", "--init_from=resume", "--dtype=float16")
@@ -206,7 +206,7 @@ def test_the_measurement_in_small(tmp_path):
     """tests/gpu.py prints its table, times another script, and leaves the repository as it is."""
 
     def files():
-        caches = {".git", ".pytest_cache", ".ruff_cache", "__pycache__"}  # may be this pytest's
+        caches = {".git", ".pytest_cache", ".ruff_cache", "__pycache__"}  # pytest may write these
         return {path for path in ROOT.rglob("*") if caches.isdisjoint(path.parts)}
 
     before = files()

@@ -1,4 +1,4 @@
-"""hellaswag.py: against a plain reference, as a command, in the loop, and on bad data."""
+"""hellaswag.py: compared with a plain reference, as a command, in the loop, and on bad data."""
 
 import functools
 import hashlib
@@ -20,13 +20,13 @@ from torch.nn import functional as F
 
 import hellaswag
 
-# processes that need no second import of torch
+# forks need no second import of torch
 forks = multiprocessing.get_context("fork")
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """60 made examples of mixed length."""
+    """60 made-up examples of mixed length."""
     lines = [line for line in (ROOT / "input.txt").read_text().split("\n") if len(line) > 10]
     chance, path = random.Random(0), tmp_path_factory.mktemp("hellaswag") / "made.jsonl"
     with open(path, "w") as file:
@@ -35,7 +35,7 @@ def data(tmp_path_factory):
                 " ".join(chance.choices(lines, k=k))
                 for k in [chance.randrange(1, 6), *chance.choices([1, 1, 1, 2], k=4)]
             )
-            # often the shortest, which has the lowest sum but not mean: acc is not acc_norm
+            # often the shortest: it has the lowest sum but not the lowest mean, so acc != acc_norm
             label = endings.index(min(endings, key=len)) if i % 2 else chance.randrange(4)
             example = {"ind": i, "ctx": context, "endings": endings, "label": label}
             file.write(json.dumps(example) + "\n")
@@ -44,7 +44,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A random GPT-2 of 4 layers, as transformers saves it; peaky, so that there are no ties."""
+    """A random GPT-2 of 4 layers, saved by transformers. Large weights prevent ties."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
@@ -56,7 +56,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reference(data, folder):
-    """Numbers of examples right by sum and by mean, one row at a time."""
+    """How many examples are right by sum and by mean, computed one row at a time."""
     import tiktoken
     from transformers import GPT2LMHeadModel
 
@@ -79,7 +79,7 @@ def reference(data, folder):
 
 
 def run(folder, flags, script):
-    """In a process of its own: the script, as a person would call it."""
+    """Runs the script in a process of its own, as a person would call it."""
     sys.stdout = open(folder / "stdout", "w")
     sys.stderr = open(folder / "stderr", "w")
     sys.argv = [str(script), *map(str, flags)]
@@ -105,7 +105,7 @@ def command(tmp_path_factory):
 
 @pytest.fixture
 def score(command):
-    """Calls hellaswag.py, which has to succeed -> lines of stdout."""
+    """Calls hellaswag.py, which must succeed -> lines of stdout."""
 
     def call(*flags, **how):
         status, out, err = command(*flags, "--device=cpu", **how)
@@ -117,8 +117,8 @@ def score(command):
 
 @pytest.fixture
 def fail(command):
-    """Calls hellaswag.py, which has to find a mistake -> the last line of stderr. Whatever is
-    above that is transformers': its bars, and its table of what a checkpoint lacks."""
+    """Calls hellaswag.py, which must find a mistake -> the last line of stderr. The lines above
+    it come from transformers: progress bars and a table of missing weights."""
 
     def call(*flags, **how):
         status, out, err = command(*flags, **how)
@@ -138,7 +138,7 @@ def test_the_command_counts_as_the_reference(data, folder, reference, score, bat
 
 
 def test_our_model_counts_as_the_reference(data, folder, reference):
-    """Also with rows of padding behind the vocabulary, which must not count."""
+    """This also holds with padding after the vocabulary, which must not count."""
     from train_gpt2 import GPT, GPTConfig
 
     theirs = GPT.from_pretrained(str(folder))
@@ -160,7 +160,7 @@ def test_our_model_counts_as_the_reference(data, folder, reference):
 
 
 def test_another_activation_in_half_precision(tmp_path, data, folder, reference, score):
-    """What the folder says is what is scored; in float32, whatever it was saved in."""
+    """The folder's activation is used. Scores are in float32, whatever dtype was saved."""
     from transformers import GPT2LMHeadModel
 
     model = GPT2LMHeadModel.from_pretrained(folder, activation_function="relu").bfloat16()
@@ -188,8 +188,8 @@ def test_show(data, folder, score):
 
 
 def test_rows_too_long_keep_their_right_end(tmp_path, data, score):
-    """Counted, told, and scored as the reference scores what is left; among them endings that
-    are longer than the model's context by themselves."""
+    """Such rows are counted and reported, and what is left is scored as by the reference. Some
+    endings alone are longer than the model's context."""
     import tiktoken
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -242,14 +242,14 @@ GOOD = {"ctx": "a", "endings": ["b", "c", "d", "e"], "label": 0}
 def test_bad_lines_are_numbered(tmp_path, bad):
     path = tmp_path / "bad.jsonl"
     lines = [json.dumps(GOOD), json.dumps(GOOD), bad, json.dumps(GOOD)]
-    path.write_text("\n".join(lines), encoding="utf-8", errors="surrogateescape")  # or not quite
+    path.write_text("\n".join(lines), encoding="utf-8", errors="surrogateescape")  # maybe invalid
     with pytest.raises(ValueError, match="bad.jsonl: line 3: ") as error:
         hellaswag.load_examples(path)
     assert "\n" not in str(error.value)
 
 
 def test_mistakes(tmp_path, data, folder, fail):
-    """One line each; a folder of another architecture is not scored by chance."""
+    """Each gives one line. A folder of another architecture is not scored as if it were GPT-2."""
     (tmp_path / "bad.jsonl").write_text("{}\n")
     (tmp_path / "empty.jsonl").write_text("")
     assert "bad.jsonl: line 1" in fail(folder, f"--data={tmp_path / 'bad.jsonl'}")
@@ -283,7 +283,7 @@ def test_losses_that_are_not_finite(tmp_path, data, folder, fail):
 
 
 class Site(http.server.ThreadingHTTPServer):
-    """Answers with one content after another, the last one for ever."""
+    """Answers each request with the next content, and repeats the last one for ever."""
 
     def __init__(self, *contents):
         super().__init__(("127.0.0.1", 0), Page)
@@ -308,15 +308,15 @@ class Page(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def right(data):
-    """An answer of a site: the made examples."""
+    """The right answer of a site: the made-up examples."""
     content = data.read_bytes()
     return 200, len(content), content
 
 
 @pytest.fixture
 def site(tmp_path, monkeypatch, right):
-    """hellaswag, also as its forks import it, takes the made examples for the validation set, and
-    fetches it from a site, which answers as told, to tmp_path."""
+    """In hellaswag, also as its forks import it, the made-up examples replace the validation set.
+    It downloads them to tmp_path from a site that gives the answers it was told to give."""
     file = tmp_path / "hellaswag_val.jsonl"
     monkeypatch.setattr(hellaswag, "SHA256", hashlib.sha256(right[2]).hexdigest())
     monkeypatch.setattr(hellaswag, "N_EXAMPLES", 60)
@@ -332,7 +332,7 @@ def site(tmp_path, monkeypatch, right):
 
 
 def test_only_the_right_file_is_kept(tmp_path, site, right):
-    """An error page, one that pretends to be fine, and a file cut off are not; the right one is."""
+    """Error pages (with status 503 and 200) and a file cut off are not kept; the right file is."""
     _, length, content = right
     page = b"<html>come back later</html>"
     half = content[: length // 2]
@@ -354,7 +354,7 @@ def test_only_the_right_file_is_kept(tmp_path, site, right):
 
 
 def test_the_command_downloads(tmp_path, right, folder, score, fail):
-    """To a file beside the script; where that fails, in one line."""
+    """It saves the file beside the script; if that fails, it says so in one line."""
     server = Site((404, 0, b""), right)
     lines = (ROOT / "hellaswag.py").read_text().splitlines()
     changed = {
@@ -375,7 +375,7 @@ def test_the_command_downloads(tmp_path, right, folder, score, fail):
 
 
 def rank_of(function, rank, n, folder):
-    """In a process of its own: one of n ranks. What the function returns, or how it fails."""
+    """Runs one of n ranks in its own process. Writes what the function returns, or its error."""
     sys.stderr = open(os.devnull, "w")
     store = dist.FileStore(str(folder / "store"), n)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=n)
@@ -390,7 +390,7 @@ def rank_of(function, rank, n, folder):
 
 @pytest.fixture
 def ranks(tmp_path_factory):
-    """Calls a function on n ranks -> the list of what each has returned."""
+    """Calls a function on n ranks -> the list of what each returned."""
 
     def call(n, function):
         folder = tmp_path_factory.mktemp("ranks")
@@ -408,7 +408,7 @@ def ranks(tmp_path_factory):
 
 
 def test_eight_ranks_download_once(site, ranks, right, data):
-    """All have the same examples; no error is left to a single rank."""
+    """All get the same examples; an error never stays on a single rank."""
     server = site((404, 0, b""), right)
     first, *others = ranks(8, hellaswag.load_examples)
     assert "ValueError: " in first and "404" in first and others == [first] * 7
@@ -419,7 +419,7 @@ def test_eight_ranks_download_once(site, ranks, right, data):
 
 @pytest.mark.parametrize("n_ranks, n_examples", [(2, 60), (3, 40), (8, 5)])
 def test_ranks_score_every_example_once(data, folder, ranks, n_ranks, n_examples):
-    """Also if the number does not divide by that of the ranks, or some have none."""
+    """Even if the ranks can't share them equally, or some ranks get none."""
     from transformers import GPT2LMHeadModel
 
     model = GPT2LMHeadModel.from_pretrained(folder)
@@ -431,7 +431,7 @@ def test_ranks_score_every_example_once(data, folder, ranks, n_ranks, n_examples
 
 
 def test_a_loss_that_is_not_finite_ends_all_ranks(data, folder, ranks):
-    """Though only one of them meets it."""
+    """Even if only one of them meets it."""
     from transformers import GPT2LMHeadModel
 
     model = GPT2LMHeadModel.from_pretrained(folder)
@@ -440,7 +440,7 @@ def test_a_loss_that_is_not_finite_ends_all_ranks(data, folder, ranks):
     for i in (0, 1, 2, 4):
         rare -= set(sum(examples[i].rows, []))
     with torch.no_grad():
-        # its embedding alone, as a logit it would spoil every loss
+        # only its embedding: in the logits, it would spoil every loss
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
         model.transformer.wte.weight[rare.pop()] = float("nan")
     assert "acc" in ranks(1, functools.partial(hellaswag.evaluate, model, examples[:3]))[0]
@@ -466,9 +466,9 @@ def in_the_loop(data, *flags):
 
 @pytest.mark.parametrize("compile", [0, 1])
 def test_in_the_loop(tmp_path, site, right, shards, data, score, compile, monkeypatch):
-    """Logged every hella_every steps and at the end, with compile on or off; and the last figure
-    is that of the saved folder. (What the compiler makes of the model, and how long it takes for
-    that, is for other tests: here the graphs that it finds run as they are.)"""
+    """It is logged every hella_every steps and at the end, with compile on or off. The last figure
+    is that of the saved folder. (Other tests check what the compiler makes of the model and how
+    long that takes: here, its graphs run as they are.)"""
     site(right)
     run = tmp_path / "run"
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
@@ -485,7 +485,7 @@ def test_in_the_loop(tmp_path, site, right, shards, data, score, compile, monkey
 
 
 def test_training_goes_on_without(tmp_path, site, shards, text):
-    """Told once at start; a text file has nothing to do with it."""
+    """A run on shards says so once at the start. A run on a text file does not ask for it."""
     server = site((404, 0, b""))
     for data, told in ((shards[0], 1), (text, 0)):
         run = tmp_path / "run"
@@ -501,6 +501,6 @@ def test_does_not_import_the_training_script():
 
 
 def test_two_ranks_in_the_loop(tmp_path, shards):
-    """Without the file: both go on."""
+    """Without the file, both go on."""
     train(f"--data={shards[0]}", f"--log_dir={tmp_path / 'run'}", "--max_steps=2", processes=2)
     assert len(series(tmp_path / "run", "train_loss")) == 2

@@ -43,7 +43,7 @@ def test_random_damage(tmp_path):
 
 
 def test_torchrun_restarts_where_a_rank_was_killed(text, tmp_path):
-    """Twice, at random moments; the launch line says resume from the start."""
+    """A rank is killed twice, at random moments. Even the first start has --init_from=resume."""
     flags = [f"--data={text}", *RUN, "--max_steps=300", "--init_from=resume"]
     undisturbed = fork_ranks(2, *flags, f"--log_dir={tmp_path}/a")
     log_dir, chance = tmp_path / "b", random.Random(0)
@@ -71,9 +71,9 @@ def test_without_restarts_the_others_leave_too(text, tmp_path):
 
 
 def test_a_rank_that_hangs(text, tmp_path):
-    """The others give up after the timeout, and the run can be resumed."""
+    """The others give up after the timeout. The run can then be resumed."""
     flags = [f"--data={text}", f"--log_dir={tmp_path}/log", *RUN, "--max_steps=5000"]
-    # without torchrun, which would wait for 30 s before it kills the one that hangs
+    # not by torchrun, which would wait for 30 s before it kills the rank that hangs
     first, last = (start(*flags, "--timeout=3", env=env) for env in world(2))
     wait_for((tmp_path / "log" / "ckpt_000005.pt").exists, first)
     last.send_signal(signal.SIGSTOP)
@@ -97,7 +97,7 @@ def straight(text, tmp_path_factory):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_two_nodes(text, tmp_path, straight, processes):
-    """Two agents on this machine, with a log_dir each: the second one's stays empty."""
+    """Two agents run on this machine, each with its log_dir. The second one's stays empty."""
     flags = [f"--data={text}", *RUN, "--dropout=0"]
     flags += [f"--B={4 // processes}"]
     address = ["--nnodes=2", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
@@ -120,7 +120,7 @@ def test_two_nodes(text, tmp_path, straight, processes):
 
 
 def test_a_node_that_does_not_see_the_checkpoints(text, tmp_path):
-    """Two nodes with a log_dir each: resumed, they say that they differ, and end."""
+    """Two nodes have a log_dir each. When resumed, they say that they differ, and exit."""
     flags = [f"--data={text}", *RUN, "--max_steps=10"]
     train(*flags, f"--log_dir={tmp_path}/0")
     flags += ["--init_from=resume"]
@@ -134,7 +134,7 @@ def test_a_node_that_does_not_see_the_checkpoints(text, tmp_path):
 
 
 def test_resume_on_other_numbers_of_processes(text, tmp_path, straight):
-    """Two to step 20, one to 30, four to the end: the tokens of the straight run at each step."""
+    """Two processes run to step 20, one to 30, four to the end, on the straight run's tokens."""
     log_dir = tmp_path / "log"
     flags = [f"--data={text}", *RUN, "--dropout=0", "--keep=0", f"--log_dir={log_dir}"]
     for step, processes, init_from in ((20, 2, "scratch"), (30, 1, "resume")):
@@ -145,7 +145,7 @@ def test_resume_on_other_numbers_of_processes(text, tmp_path, straight):
         for path in log_dir.glob("ckpt_*.pt"):
             if path.name > f"ckpt_{step:06d}.pt":
                 path.unlink()
-    # by torchrun, as this shows whether all four end well, too
+    # by torchrun, since that also shows whether all four exit well
     last = finish(start(*flags, "--init_from=resume", "--B=2", processes=4))
     assert last.returncode == 0, last.stdout + last.stderr
     found, expected = (series(run, "train_loss") for run in (tmp_path / "log", straight))

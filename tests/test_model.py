@@ -1,4 +1,4 @@
-"""The model: against transformers, and against what can be worked out by hand."""
+"""The model, compared with transformers and with what can be worked out by hand."""
 
 import json
 import math
@@ -42,7 +42,7 @@ def test_initial_loss_is_that_of_a_uniform_guess():
 
 
 def test_initialization(model):
-    """std 0.02, and 0.02 / sqrt(2 * 3) for what is added to the residual stream."""
+    """std is 0.02, and 0.02 / sqrt(2 * 3) for what is added to the residual stream."""
     torch.manual_seed(0)
     wide = GPT(GPTConfig(block_size=64, vocab_size=500, n_layer=3, n_head=4, n_embd=256))
     for name, p in wide.named_parameters():
@@ -56,7 +56,7 @@ def test_initialization(model):
 
 
 def test_the_residual_stream_under_autocast(model):
-    """bfloat16 from the embeddings to the last LayerNorm; the loss is float32 and much the same."""
+    """It is bfloat16 from the embeddings to the last LayerNorm. The loss is float32 and close."""
     x = torch.randint(50, (2, 17), generator=torch.Generator().manual_seed(0))
     seen = []
     for block in model.transformer.h:
@@ -136,7 +136,7 @@ def test_parity_with_transformers_there_and_back(tmp_path):
 
 
 def test_padding_stays_inside(tmp_path):
-    """A table of 50304 rows: never sampled, and cropped on the way out."""
+    """Of 50304 rows, the last 47 are never sampled, and are cut off when saved."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=8, vocab_size=50304, n_layer=1, n_head=1, n_embd=16)).eval()
     with torch.no_grad():
@@ -157,7 +157,7 @@ def test_generate(model):
     def generate(seed, **how):
         return model.generate(x, 30, generator=torch.Generator().manual_seed(seed), **how)
 
-    assert generate(1).shape == (3, 35)  # past the context of 16
+    assert generate(1).shape == (3, 35)  # more than the context of 16
     assert torch.equal(generate(1)[:, :5], x)
     assert torch.equal(generate(1), generate(1))
     assert not torch.equal(generate(1), generate(2))

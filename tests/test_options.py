@@ -26,7 +26,7 @@ def test_help_shows_what_a_launch_would_use(tmp_path):
 
 
 def test_a_text_and_weights_are_fine_tuned():
-    """The third block; the second one where nothing but the text is given."""
+    """These get the third block of constants. A text alone gets the second."""
     for flag, shown in (
         ("--init_from=gpt2", "--max_lr=3e-05"),
         ("--encoding=gpt2", "--max_lr=3e-05"),  # how such a run is resumed
@@ -38,7 +38,7 @@ def test_a_text_and_weights_are_fine_tuned():
 
 
 def test_every_constant_can_be_overridden():
-    """Also the block for a text file gives way."""
+    """Flags also override the block for a text file."""
     data = f"--data={ROOT}/input.txt"
     shown = fork("--help", data).stdout
     listed = dict(re.findall(r"^--(\w+)=(.*)$", shown, re.MULTILINE))
@@ -97,7 +97,7 @@ def test_a_batch_that_does_not_divide_is_lowered(text, tmp_path):
     [(1, 64, 64), (8, 64, 64), (16, 64, 32), (64, 64, 8), (512, 64, 1), (1, 1000, 512), (1, 5, 4)],
 )
 def test_a_batch_for_every_number_of_gpus(world_size, B, expected):
-    """The two-node launch of the README among them: 16 x 64 x 1024 tokens are more than 2**19."""
+    """Among them is the README's two-node launch: 16 x 64 x 1024 tokens are more than 2**19."""
     from train_gpt2 import fit_batch
 
     assert fit_batch(B, 1024, 2**19, world_size) == expected

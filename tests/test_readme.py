@@ -51,7 +51,7 @@ STORY = {
     next(line for line in COMMANDS if "--n_layer=6" in line and "python" in line): SMALL,
     next(line for line in COMMANDS if "--log_dir=log/muon" in line): SMALL,
     next(line for line in COMMANDS if "--log_dir=log/adamw" in line): SMALL,
-    # with the model and the batch as they are, so that B is lowered
+    # with the default model and batch, so that B is lowered
     "torchrun --standalone --nproc_per_node=2 train_gpt2.py --data=my.txt": [
         "--max_steps=3",
         "--val_steps=1",
@@ -111,7 +111,7 @@ def home(tmp_path_factory, environment, shards):
 
 
 def run(home, *line, **env):
-    """A program of its own -> what it prints."""
+    """Runs a program in a process of its own -> what it prints."""
     result = subprocess.run(
         list(map(str, line)),
         cwd=home,
@@ -134,7 +134,7 @@ def test_every_command_is_known():
 
 
 def test_the_story(home, shards, monkeypatch, capsys):
-    """What the commands print and leave is what the README says; then its Python."""
+    """The commands print and leave what the README says. Then its Python runs."""
     printed = {}
     for line, flags in STORY.items():
         program, script, *words = shlex.split(line.rpartition(" && ")[2])
@@ -176,7 +176,7 @@ def test_the_story(home, shards, monkeypatch, capsys):
 
 
 def test_a_picture_with_hellaswag(tmp_path, monkeypatch):
-    """Two plots, with the lines of GPT-2 and GPT-3."""
+    """There are two plots, with lines for GPT-2 and GPT-3."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -256,7 +256,7 @@ def test_the_map_leads_somewhere():
 
 
 def test_figures_of_the_constants():
-    """Where the README names a default or a size, it is the script's."""
+    """Where the README names a default or a size, the script has the same."""
     import train_gpt2
 
     lines = len((ROOT / "train_gpt2.py").read_text().splitlines())

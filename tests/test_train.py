@@ -1,4 +1,4 @@
-"""Whole runs: the same on any number of processes, resumed, compiled, stopped, exported."""
+"""Whole runs: on several processes, resumed, compiled, stopped, exported."""
 
 import fcntl
 import json
@@ -30,7 +30,7 @@ TWELVE = ["--max_steps=12", "--save_every=12", "--sample_every=12"]
 
 @pytest.fixture(scope="module")
 def straight(text, tmp_path_factory):
-    """Twelve steps of one process, B = 8 in two micro-steps."""
+    """A run of twelve steps on one process, with B = 8 in two micro-steps."""
     log_dir = tmp_path_factory.mktemp("straight") / "log"
     result = train(f"--data={text}", f"--log_dir={log_dir}", *TWELVE)
     return log_dir, result.stdout
@@ -64,7 +64,7 @@ def test_checkpoint(straight):
 
 
 def test_reported_losses_are_those_of_the_checkpoint(text, straight):
-    """Worked out from the files alone: the val loss of the saved weights on the last tenth."""
+    """Computes the val loss from the files alone: the saved weights and the text's last tenth."""
     import numpy as np
 
     from train_gpt2 import GPT, GPTConfig
@@ -101,12 +101,12 @@ def test_resume_at_the_end_evaluates_and_is_done(straight, text):
 
 
 def test_no_steps_write_nothing(straight, text):
-    """Evaluation and samples without training change nothing, also where a run is in training."""
+    """Evaluating and sampling without training change nothing, even beside a training run."""
     log_dir, _ = straight
     before = {path.name: path.read_bytes() for path in log_dir.iterdir()}
     flags = "--max_steps=0", "--init_from=resume", "--n_samples=3", "--prompt=KING"
     with open(f"{log_dir}.lock") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # as a run in training does
+        fcntl.flock(lock, fcntl.LOCK_EX)  # as a training run does
         flags += "--val_steps=1", "--sample_every=1", "--wandb_log=1"
         result = train(f"--data={text}", f"--log_dir={log_dir}", *flags)
     assert result.stdout.count("sample: KING") == 3 and "val loss" in result.stdout
@@ -114,7 +114,7 @@ def test_no_steps_write_nothing(straight, text):
 
 
 def test_copies_of_checkpoints_are_left_alone(straight, text, tmp_path):
-    """Neither resumed from nor removed; and log_dir may be written in odd ways."""
+    """They are neither resumed from nor removed. log_dir may be spelled in odd ways."""
     shutil.copytree(straight[0], tmp_path / "log")
     copies = [tmp_path / "log" / f"ckpt_{name}.pt" for name in ("best", "000012_good")]
     for path in copies:
@@ -128,7 +128,7 @@ def test_copies_of_checkpoints_are_left_alone(straight, text, tmp_path):
 
 
 def test_today_s_constants_hold_when_resuming(straight, text, tmp_path):
-    """Not those stored with the optimizer."""
+    """The constants stored with the optimizer are not used."""
     shutil.copytree(straight[0], tmp_path / "log")
     train(
         f"--data={text}",
@@ -153,7 +153,7 @@ def test_dropout_is_on_again_after_an_evaluation(straight, text, tmp_path):
 
 
 def test_gradient_clipping(text, tmp_path):
-    """Clipped to next to nothing, far below AdamW's epsilon, gradients move nothing."""
+    """Gradients clipped far below AdamW's epsilon move nothing."""
     flags = (
         f"--data={text}",
         "--max_steps=3",
@@ -171,11 +171,11 @@ def test_gradient_clipping(text, tmp_path):
     assert free[3] < free[0] - 0.01
     assert (
         series(tmp_path / "1e-12", "grad_norm")[0] > 1
-    )  # what is logged is the norm that was clipped
+    )  # the log has the norm before clipping
 
 
 def test_compiled(straight, text, tmp_path):
-    """Trains, evaluates and samples; its checkpoint loads without; the losses are the same."""
+    """It trains, evaluates and samples. The checkpoint loads uncompiled; losses are the same."""
     flags = f"--data={text}", f"--log_dir={tmp_path}/log"
     save = "--save_every=5"
     train(*flags, "--max_steps=5", "--compile=1", "--sample_every=3", "--val_every=3", save)
@@ -209,7 +209,7 @@ def test_stop_signal(text, tmp_path, number, processes):
     if processes == 1:
         assert result.returncode == 0 and not result.stderr
     ours = [line for line in result.stderr.splitlines() if "train_gpt2.py" in line]
-    assert not ours, result.stderr  # torchrun reports its own end with a traceback of its own
+    assert not ours, result.stderr  # torchrun reports its own exit with a traceback
     (path,) = (tmp_path / "log").glob("*.pt")
     step = load(path)["step"]
     assert f"stopped at step {step}" in result.stdout
@@ -232,8 +232,8 @@ def test_stop_signal(text, tmp_path, number, processes):
     ],
 )
 def test_a_signal_at_other_moments(text, tmp_path, moment, flags):
-    """The step at hand, or the next one, ends and is saved; also if the signal comes twice at once,
-    as it does where Slurm sends it to all processes, and torchrun then to its own."""
+    """The current step, or the next one, is finished and saved. The same holds if it comes twice at
+    once, as when Slurm sends it to all processes and torchrun sends it to its own again."""
     flags = f"--data={text}", f"--log_dir={tmp_path}/log", "--max_steps=5000", *flags
     process = start(*flags) if "--compile=1" in flags else Fork(*TINY, *flags)
     log = tmp_path / "log" / "log.jsonl"
@@ -250,7 +250,7 @@ def test_a_signal_at_other_moments(text, tmp_path, moment, flags):
 
 
 def test_a_second_signal_leaves_at_once(text, tmp_path):
-    """In a first step of a minute, which the first signal lets go on."""
+    """The first step takes a minute. The first signal lets it go on, the second ends the run."""
     large = "--total_batch_size=65536", "--B=1", "--n_embd=256", "--n_layer=8"
     log_dir = f"--log_dir={tmp_path}/log"
     process = Fork(*TINY, f"--data={text}", log_dir, *large, "--val_every=0", "--sample_every=1")
@@ -266,7 +266,7 @@ def test_a_second_signal_leaves_at_once(text, tmp_path):
 
 
 def test_shards_end_in_a_folder_for_transformers(shards, tmp_path):
-    """--data=folder trains on GPT-2's tokens; what comes of it can be started from."""
+    """--data=folder trains on GPT-2's tokens, and --init_from can load the result."""
     from transformers import GPT2LMHeadModel
 
     from train_gpt2 import GPT, GPTConfig
@@ -289,7 +289,7 @@ def test_shards_end_in_a_folder_for_transformers(shards, tmp_path):
     with torch.no_grad():
         assert torch.allclose(theirs(x).logits, model(x)[:, :, :50257], atol=1e-4)
 
-    # --max_steps=0 evaluates, samples and leaves; nothing is written
+    # --max_steps=0 evaluates, samples and writes nothing
     result = train(
         f"--data={shards[1]}",
         f"--log_dir={tmp_path}/eval",
@@ -327,7 +327,7 @@ def test_every_parameter_is_in_one_group(name):
 
 
 def test_adamw_is_torch_s():
-    """Three updates against torch.optim.AdamW."""
+    """Compares three updates with torch.optim.AdamW's."""
     from train_gpt2 import GPT, GPTConfig, make_optimizers
 
     x = torch.randint(256, (4, 9), generator=torch.Generator().manual_seed(0))
@@ -354,7 +354,7 @@ def test_adamw_is_torch_s():
 
 
 def test_orthogonalize_against_the_singular_value_decomposition():
-    """The directions are the SVD's; the strengths come near 1, from wherever they were."""
+    """The singular vectors stay those of the SVD; all singular values come near 1."""
     from train_gpt2 import orthogonalize
 
     torch.manual_seed(0)
@@ -367,7 +367,7 @@ def test_orthogonalize_against_the_singular_value_decomposition():
 
 
 def test_the_command_line_needs_no_folder(text, tmp_path):
-    """Launched from elsewhere, the log goes to where one stands."""
+    """If launched from elsewhere, it puts the log in the current folder."""
     result = subprocess.run(
         command(f"--data={text}", "--max_steps=1"), cwd=tmp_path, capture_output=True
     )
@@ -375,7 +375,7 @@ def test_the_command_line_needs_no_folder(text, tmp_path):
 
 
 def one_by_one(p, grads, lr, weight_decay, momentum=0.95):
-    """Muon for one matrix, in plain steps: the published update, with the SVD in place of
+    """Muon for one matrix, in plain steps: the published update, with the SVD instead of
     Newton-Schulz."""
     average = torch.zeros_like(p)
     for grad in grads:
@@ -391,7 +391,7 @@ def one_by_one(p, grads, lr, weight_decay, momentum=0.95):
 
 
 def test_muon_moves_all_matrices_as_one_by_one():
-    """c_attn is three maps; Newton-Schulz leaves singular values between 0.7 and 1.2."""
+    """c_attn counts as three maps. Newton-Schulz leaves singular values between 0.7 and 1.2."""
     from train_gpt2 import GPT, GPTConfig, make_optimizers
 
     torch.manual_seed(0)
