@@ -174,11 +174,11 @@ if __name__ == "__main__":
         args.source, args.subset = args.pretokenized, ""
 
     # the list of files is saved, so that new files do not shift the others
-    made_of = f"{args.source} {args.subset}, {args.shard_size} tokens a shard"
+    made_of = f"{args.source}, {args.subset}, {args.shard_size} tokens a shard"
     if (args.out / "progress.json").exists():
         progress = json.loads((args.out / "progress.json").read_text())
         if progress["made_of"] != made_of:
-            sys.exit(f"--out={args.out} is for {progress['made_of']}, not for {made_of}")
+            sys.exit(f"--out={args.out} is for {progress['made_of']}; use another folder")
     elif any(args.out.glob("*.npy")) or any(args.out.glob("*.bin")):
         sys.exit(f"--out={args.out} holds unknown shards; use another folder")
     else:

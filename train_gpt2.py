@@ -304,7 +304,7 @@ def load_split(data, split, encoding):
         tokens = tokens[:n_train] if split == "train" else tokens[n_train:]
         shards.append((os.path.basename(data), tokens))
     if not shards:
-        sys.exit(f"--data={data}: no text and no {split} shards; fineweb.py makes shards")
+        sys.exit(f"--data={data}: no such text, nor {split} shards; fineweb.py makes shards")
     return shards
 
 @functools.lru_cache(maxsize=8)  # all windows of a shard use the same one
@@ -531,7 +531,8 @@ def load_checkpoint(log_dir):
 
 def check_resume(config, saved):
     """Exits if a resumed run would have another model, optimizer or order of data."""
-    fixed = "checksum encoding seed T total_batch_size n_layer n_head n_embd optimizer".split()
+    fixed = ["data_checksum", "encoding", "seed", "T", "total_batch_size", "n_layer", "n_head",
+             "n_embd", "optimizer"]
     changed = [f"{k} was {saved[k]}, is {config[k]}" for k in fixed if saved[k] != config[k]]
     if changed:
         sys.exit(f"can't resume: {'; '.join(changed)}; set it back, or start from scratch")
@@ -550,7 +551,7 @@ def parse_flag(arg):
         assert kind is str or value >= 0
         assert name not in CHOICES or value in CHOICES[name]
     except Exception:
-        expected = CHOICES.get(name, kind.__name__)
+        expected = " or ".join(CHOICES.get(name, [kind.__name__]))
         sys.exit(f"{arg}: expected {expected}, as in --{name}={constants[name]}")
     return name, kind(value)
 
@@ -623,7 +624,8 @@ if __name__ == "__main__":
     if device == "cuda":
         n_gpus = torch.cuda.device_count()
         if local_rank >= n_gpus:
-            sys.exit(f"{os.environ['LOCAL_WORLD_SIZE']} processes, but only {n_gpus} GPUs")
+            n_processes = os.environ.get("LOCAL_WORLD_SIZE", 1)
+            sys.exit(f"--device=cuda: {n_processes} processes, but only {n_gpus} GPUs")
         torch.cuda.set_device(local_rank)
         torch.set_float32_matmul_precision("high")  # TF32 for what remains in float32
     if ddp:
@@ -646,9 +648,10 @@ if __name__ == "__main__":
     if max_steps > 0:
         shards = load_split(data, "train", encoding)
         train_loader = TokenLoader(shards, B, T, rank, world_size, device, seed)
-        config["checksum"] = train_loader.checksum
+        config["data_checksum"] = train_loader.checksum
         if train_loader.n_windows < windows_per_step:
-            sys.exit(f"{data}: {train_loader.n_windows} windows, a step takes {windows_per_step}")
+            sys.exit(f"{data}: {train_loader.n_windows} windows, but a step takes "
+                     f"{windows_per_step}; lower --total_batch_size")
     if val_every > 0:
         shards = load_split(data, "val", encoding)
         val_loader = TokenLoader(shards, B, T, rank, world_size, device)
@@ -685,9 +688,10 @@ if __name__ == "__main__":
         try:
             raw_model = GPT.from_pretrained(init_from, dropout)
         except OSError as error:
-            sys.exit(f"--init_from={init_from} can't be loaded: {str(error).splitlines()[0]}")
+            reason = str(error).splitlines()[0]
+            sys.exit(f"--init_from={init_from}: no GPT-2 in such a folder or on the hub: {reason}")
     if T > raw_model.config.block_size:
-        sys.exit(f"--T={T}: the model's context is {raw_model.config.block_size} tokens")
+        sys.exit(f"--T={T}: use --T={raw_model.config.block_size}, which is the model's context")
     if mean_over_ranks(start_step, device) != start_step:
         sys.exit(f"rank {rank} found another checkpoint than others: do all see {log_dir}?")
 
@@ -840,10 +844,11 @@ if __name__ == "__main__":
                 tokens_per_sec=tokens_per_sec, mfu=mfu)
 
     if stopping:
-        print(f"stopped at step {step}; to continue: --init_from=resume --encoding={encoding}")
-    elif writes_files and encoding == "gpt2":
-        raw_model.save_pretrained(f"{log_dir}/hf")
-    if writes_files:
+        print(f"stopped at step {step}; to continue, use the same flags, "
+              f"with --init_from=resume --encoding={encoding}")
+    elif writes_files:
+        if encoding == "gpt2":
+            raw_model.save_pretrained(f"{log_dir}/hf")
         tokens = (step - start_step) * total_batch_size
         minutes = (time.perf_counter() - t_start) / 60
         results = [f"{name} {value:.4f}" for name, value in results.items()]
