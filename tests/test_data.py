@@ -61,6 +61,23 @@ def test_later_epochs_are_cut_elsewhere(tmp_path):
         assert sorted(windows) == sorted(expected) and windows != expected
 
 
+def test_the_order_is_new_in_each_epoch_and_shard(tmp_path):
+    """Five shards of 20 windows: how they follow each other, and how the windows of each do."""
+    for i in range(5):
+        tokens = 1000 * i + np.arange(161).astype(np.uint16)  # a number tells shard and place
+        np.save(tmp_path / f"train_{i}.npy", tokens.astype(np.uint16))
+    tokens = loader(tmp_path, "train", 8, seed=7)
+    shard_orders, window_orders = [], []
+    for epoch in range(4):
+        firsts = [int(tokens.window(100 * epoch + i)[0]) for i in range(100)]
+        shard_orders.append(tuple(first // 1000 for first in firsts[::20]))
+        for at in range(0, 100, 20):
+            window_orders.append(tuple(first % 1000 // 8 for first in firsts[at : at + 20]))
+    assert all(sorted(order) == list(range(5)) for order in shard_orders)
+    assert len(set(shard_orders)) > 1
+    assert len(set(window_orders)) == 20
+
+
 @pytest.mark.parametrize("step", [0, 3, 40])  # the last is in another epoch
 def test_the_same_windows_for_any_topology(shards, step):
     expected = windows_of_step(shards[0], step, 32, 1, 32)
@@ -128,7 +145,7 @@ def folder(tmp_path):
 
 
 def problem(folder, *flags):
-    return mistake(f"--data={folder}", f"--log_dir={folder}-log", *flags)
+    return mistake(f"--data={folder}", f"--log_dir={folder}-log", "--max_steps=40", *flags)
 
 
 def test_shard_of_another_length_than_its_header_says(folder):
@@ -156,6 +173,19 @@ def test_shard_of_another_type(folder, shape, dtype):
     np.save(folder / "train_1.npy", np.zeros(shape, dtype))
     with pytest.raises(SystemExit, match="train_1.npy: not a shard"):
         open_shard(str(folder / "train_1.npy"))
+
+
+@pytest.mark.parametrize("place, value", [(0, 20240521), (1, 2)])
+def test_shard_with_another_header_than_llm_c_s(folder, place, value):
+    """A file of the right length, but of another kind or version."""
+    path = folder / "train_1.bin"
+    write_bin(path, range(20000))
+    assert len(open_shard(str(path))) == 20000
+    header = np.fromfile(path, "<i4", 256)
+    header[place] = value
+    path.write_bytes(header.tobytes() + path.read_bytes()[1024:])
+    with pytest.raises(SystemExit, match="train_1.bin: not a shard"):
+        open_shard(str(path))
 
 
 @pytest.mark.parametrize("content", [b"", b"\x93NUMPY", b"<html>404</html>" * 100, bytes(4096)])

@@ -410,3 +410,23 @@ def test_muon_moves_all_matrices_as_one_by_one():
         moved = (expected - before[i]).norm()
         assert (p - expected).norm() < 0.3 * moved, i
         assert abs((p - before[i]).norm() / moved - 1) < 0.15, i
+
+
+def test_weight_decay_of_muon_shrinks_the_matrices():
+    """By lr * weight_decay of what they were; the rest of the step is the same without it."""
+    from train_gpt2 import GPT, GPTConfig, make_optimizers
+
+    before, after = [], []
+    for weight_decay in (0.0, 0.5):
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(block_size=8, vocab_size=256, n_layer=1, n_head=2, n_embd=16))
+        _, muon = make_optimizers(model, "muon", weight_decay)
+        [group] = muon.param_groups
+        group["lr"] = 0.1
+        before.append([p.detach().clone() for p in group["params"]])
+        for p in group["params"]:
+            p.grad = torch.randn_like(p)
+        muon.step()
+        after.append([p.detach() for p in group["params"]])
+    for old, plain, decayed in zip(before[0], *after, strict=True):
+        assert torch.allclose(plain - decayed, 0.1 * 0.5 * old, atol=1e-6)
