@@ -224,7 +224,7 @@ def test_short_shards_and_unfinished_files_are_passed_over(folder):
 
 
 def test_fewer_windows_than_a_step_needs(folder):
-    line = problem(folder, "--total_batch_size=32768")
+    line = problem(folder, "--total_batch_size=32768", "--max_steps=1")
     assert "1024" in line and "624" in line
 
 
@@ -234,7 +234,9 @@ def test_text_too_short(tmp_path, content):
     assert "short.txt" in mistake(f"--data={tmp_path}/short.txt", f"--log_dir={tmp_path}/log")
 
 
-def test_any_bytes_train(tmp_path):
+@pytest.mark.parametrize("encoding", ["bytes", "gpt2"])
+def test_any_bytes_train(tmp_path, encoding):
     (tmp_path / "noise.txt").write_bytes(np.random.default_rng(0).bytes(30000))
     flags = f"--data={tmp_path}/noise.txt", f"--log_dir={tmp_path}/log", "--max_steps=2"
-    assert "sample: " in train(*flags, "--sample_every=2").stdout
+    flags += f"--encoding={encoding}", "--sample_every=2"
+    assert "sample: " in train(*flags).stdout

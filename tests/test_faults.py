@@ -55,7 +55,7 @@ def test_a_second_live_run_refuses(text, tmp_path):
     process = Fork(*TINY, *flags, "--max_steps=100000", "--save_every=5")
     wait_for((tmp_path / "log" / "ckpt_000005.pt").exists, process)
     for init_from in ("scratch", "resume"):
-        assert "another run" in mistake(*flags, "--max_steps=100000", f"--init_from={init_from}")
+        assert "another run" in mistake(*flags, "--max_steps=5", f"--init_from={init_from}")
     assert process.poll() is None
     kill(process)
     train(
@@ -97,14 +97,18 @@ def test_checkpoint_of_another_run(text, tmp_path):
     flags = f"--data={text}", f"--log_dir={tmp_path}/log", "--max_steps=2", "--save_every=2"
     train(*flags)
     before = sorted((path.name, path.read_bytes()) for path in (tmp_path / "log").iterdir())
-    line = mistake(
-        *flags, "--init_from=resume", "--n_layer=1", "--seed=2", "--T=16", "--total_batch_size=256"
-    )
+    other = "--n_layer=1 --seed=2 --T=16 --total_batch_size=256 --n_head=4 --n_embd=64".split()
+    other += ["--optimizer=adamw", "--encoding=gpt2"]
+    line = mistake(*flags, "--init_from=resume", *other)
     for change in (
         "n_layer was 2, is 1",
         "seed was 1337, is 2",
         "T was 32, is 16",
         "total_batch_size was 512",
+        "n_head was 2, is 4",
+        "n_embd was 32, is 64",
+        "optimizer was muon, is adamw",
+        "encoding was bytes, is gpt2",
     ):
         assert change in line
     assert "val_steps" not in line

@@ -267,6 +267,30 @@ def test_killed_between_a_shard_and_its_progress(source, tokens, tmp_path, shard
     assert_tokens(tmp_path / "out", tokens)
 
 
+@pytest.mark.parametrize(
+    "whole, half, which",
+    [
+        ("np.save(file, content)", "np.save(file, content[:2])", 'path.stem[-1] == "2"'),
+        (
+            "file.write(json.dumps(content).encode())",
+            "file.write(json.dumps(content).encode()[:9])",
+            'content["shard"] == 2',
+        ),
+    ],
+)
+def test_killed_in_the_middle_of_a_file(tmp_path, whole, half, which):
+    """Of the third shard, or of the progress after the second: no half file has a name."""
+    texts = ["", " a" * 10, " b" * 9]
+    write_parquet(tmp_path / "source" / "a.parquet", texts)
+    flags = f"--source={tmp_path / 'source'}", f"--out={tmp_path / 'out'}", "--shard_size=5"
+    kill = f"(({half}, file.flush(), signal.raise_signal(9)) if {which} else {whole})"
+    process = start(*flags, script=variant(tmp_path / "killed.py", whole, kill))
+    assert finish(process).returncode == -signal.SIGKILL
+    assert [len(np.load(path)) for path in shards_of(tmp_path / "out")] == [5, 5]
+    make(*flags)
+    assert_tokens(tmp_path / "out", reference(texts), 5)
+
+
 def test_shards_and_a_second_run(source, tokens, tmp_path):
     flags = f"--source={source}", f"--out={tmp_path / 'out'}", f"--shard_size={SIZE}"
     assert f"{3 * SIZE:,} tokens, 3 shards" in make(*flags, "--shards=3")

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import runpy
 import subprocess
 import sys
@@ -200,6 +201,7 @@ def test_rows_too_long_keep_their_right_end(tmp_path, data, score):
     small.save_pretrained(tmp_path / "hf")
     encode = tiktoken.get_encoding("gpt2").encode
     cut = right = long_endings = 0
+    means = []
     for line in data.read_text().splitlines()[:30]:
         example = json.loads(line)
         losses = []
@@ -213,9 +215,12 @@ def test_rows_too_long_keep_their_right_end(tmp_path, data, score):
             with torch.no_grad():
                 logits = small.eval()(row[:, :-1]).logits[0, -n:]
             losses.append(F.cross_entropy(logits, row[0, -n:]).item())
+        means += losses
         right += losses.index(min(losses)) == example["label"]
     assert 0 < long_endings < cut < 120
-    lines = score(tmp_path / "hf", f"--data={data}", "--limit=30")
+    lines = score(tmp_path / "hf", f"--data={data}", "--limit=30", "--show=30")
+    shown = re.findall(r"^ (?:right|     ) (\d+\.\d{4}) ", "\n".join(lines), re.MULTILINE)
+    assert [float(mean) for mean in shown] == pytest.approx(means, abs=2e-4)
     assert lines[-3].startswith(f"{cut} rows are too long")
     assert lines[-1].startswith(f"acc_norm {right}/30=")
 

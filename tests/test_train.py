@@ -152,6 +152,41 @@ def test_dropout_is_on_again_after_an_evaluation(straight, text, tmp_path):
     assert abs(losses[0] - losses[1]) > 1e-4
 
 
+def test_samples_change_nothing(text, tmp_path):
+    """Dropout is on again after them, and draws what it would have drawn."""
+    losses = []
+    for every in (0, 1):
+        log_dir = tmp_path / f"log-{every}"
+        flags = f"--log_dir={log_dir}", "--max_steps=3", "--dropout=0.5", f"--sample_every={every}"
+        train(f"--data={text}", *flags)
+        losses.append(series(log_dir, "train_loss"))
+    assert losses[0] == losses[1]
+
+
+def test_each_rank_drops_other_numbers(tmp_path):
+    """On a text of one letter, where the ranks have the same data: their mean is not rank 0's."""
+    (tmp_path / "a.txt").write_text("a" * 10_000)
+    losses = []
+    for processes in (1, 2):
+        log_dir = tmp_path / f"log-{processes}"
+        flags = f"--log_dir={log_dir}", "--max_steps=1", "--dropout=0.5", "--val_every=0"
+        size = f"--total_batch_size={256 * processes}"
+        train(f"--data={tmp_path}/a.txt", *flags, size, processes=processes)
+        losses.append(series(log_dir, "train_loss")[0])
+    assert abs(losses[0] - losses[1]) > 1e-5
+
+
+def test_val_steps_beyond_the_val_split(text, tmp_path):
+    """It is read once, in whole steps: 12,000 tokens are 374 windows, 23 times 16."""
+    losses = []
+    for val_steps in (22, 23, 40):
+        log_dir = tmp_path / f"log-{val_steps}"
+        flags = f"--log_dir={log_dir}", "--max_steps=1", f"--val_steps={val_steps}"
+        train(f"--data={text}", *flags)
+        losses.append(series(log_dir, "val_loss"))
+    assert losses[0] != losses[1] == losses[2]
+
+
 def test_gradient_clipping(text, tmp_path):
     """Gradients clipped far below AdamW's epsilon move nothing."""
     flags = (
