@@ -3,7 +3,7 @@
 python fineweb.py                               10B tokens: downloads 28.5 GB, writes 20 GB
 python fineweb.py --shards=2                    one shard for validation, one to train on
 python fineweb.py --pretokenized --shards=10    ready-made shards, in minutes
-python fineweb.py --source=my_texts --out=my_shards --shard_size=1000000
+python fineweb.py --source=my_texts --out=my_shards --shard_size=100000
 
 A document is a row of a .parquet file, a line of a .jsonl file (both with a field "text"), or a
 .txt file. It becomes <|endoftext|> and the tokens of its text. All documents, in order, are cut

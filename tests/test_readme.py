@@ -32,7 +32,7 @@ STORY = {
         "--sample_every=1",
     ],
     "python train_gpt2.py --data=my.txt --max_steps=2000": SMALL,
-    "python fineweb.py --source=my_texts --out=my_shards --shard_size=1000000": [
+    "python fineweb.py --source=my_texts --out=my_shards --shard_size=100000": [
         "--shard_size=20000",
         "--workers=1",
     ],
