@@ -545,6 +545,8 @@ def test_pretokenized(tmp_path, name):
     assert sorted(path.name for path in out.glob("*.bin")) == sorted(names[:3])
     for file in names[:3]:
         assert (out / file).read_bytes() == (tmp_path / "hub" / file).read_bytes()
+    (out / "progress.json").unlink()
+    assert "unknown shards" in fail(flag, f"--out={out}")
 
 
 def test_training_on_the_result(source, tmp_path):

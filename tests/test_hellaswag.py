@@ -158,6 +158,8 @@ def test_our_model_counts_as_the_reference(data, folder, reference):
         assert (found["acc"], found["acc_norm"]) == (reference[0] / 60, reference[1] / 60)
     few = [hellaswag.evaluate(model, examples[:20], n) for n in (1, 1000)]  # one at a time, or more
     assert few[0] == few[1] and few[0]["total"] == 20
+    widths = [max(map(len, e.rows)) for batch in hellaswag.batches(examples, 1000) for e in batch]
+    assert widths == sorted(widths, reverse=True)  # if the first batch fits in memory, all do
 
 
 def test_another_activation_in_half_precision(tmp_path, data, folder, reference, score):
