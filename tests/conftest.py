@@ -1,8 +1,10 @@
 """Runs the script as a person would, on small models and real tokens, without a network."""
 
+import functools
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import runpy
 import shutil
@@ -181,6 +183,24 @@ class Fork:
 def fork(*flags, timeout=180, **how):
     """Runs a fork to its end."""
     return finish(Fork(*flags, **how), timeout)
+
+
+def in_a_fork(test):
+    """For tests that compute gradients. With torch's builds for CUDA, this starts threads, and
+    later forks of the process could no longer train. So these tests run in a fork themselves."""
+    import torch
+
+    if torch.accelerator.is_available():  # nothing is forked then
+        return test
+
+    @functools.wraps(test)
+    def forked(*args, **kwargs):
+        process = multiprocessing.get_context("fork").Process(target=test, args=args, kwargs=kwargs)
+        process.start()
+        process.join()
+        assert process.exitcode == 0
+
+    return forked
 
 
 def free_port():

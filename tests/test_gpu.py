@@ -15,6 +15,7 @@ from conftest import (
     TINY,
     assert_same_state,
     assert_same_tensors,
+    in_a_fork,
     load,
     log_of,
     mistake,
@@ -68,6 +69,7 @@ def test_one_graph_to_train_and_one_to_evaluate(text, tmp_path, processes):
 
 
 @pytest.mark.parametrize("shape", [(12, 12, 768), (24, 16, 1024)])
+@in_a_fork
 def test_flops_per_token(shape):
     """Compares the formula behind mfu with a count of all products, forward and backward.
 

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from conftest import in_a_fork
 
 from train_gpt2 import GPT, GPTConfig
 
@@ -88,6 +89,7 @@ def test_the_loss_is_the_mean_cross_entropy_of_the_logits(model):
     assert model(x[:, :-1], x[:, 1:]).item() == pytest.approx(by_hand.item(), abs=1e-5)
 
 
+@in_a_fork
 def test_one_batch_overfits(model):
     x = torch.randint(50, (4, 17))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)

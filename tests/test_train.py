@@ -17,6 +17,7 @@ from conftest import (
     Fork,
     command,
     finish,
+    in_a_fork,
     load,
     log_of,
     series,
@@ -361,6 +362,7 @@ def test_every_parameter_is_in_one_group(name):
             assert isinstance(opt, Muon) == (name == "muon" and matrix_of_a_block)
 
 
+@in_a_fork
 def test_adamw_is_torch_s():
     """Compares three updates with torch.optim.AdamW's."""
     from train_gpt2 import GPT, GPTConfig, make_optimizers
