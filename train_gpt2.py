@@ -11,6 +11,7 @@ Each constant can be set for one launch: --B=16 --max_lr=1e-3. --help lists them
 The results go to log_dir: log.jsonl, checkpoints and hf/, a folder that transformers reads.
 Ctrl-C saves and exits; --init_from=resume continues, on any number of GPUs.
 """
+import atexit
 import difflib
 import functools
 import glob
@@ -590,6 +591,8 @@ def setup_distributed(device, rank, world_size, timeout):
     dist.init_process_group(backend, store=torchrun_store(world_size), rank=rank,
                             world_size=world_size, timeout=timedelta(seconds=timeout),
                             device_id=gpu)
+    # gloo's threads can crash Python's exit if still at work (pytorch#190489): wait for them
+    atexit.register(time.sleep, 0.2)
 
 def fit_batch(B, T, total_batch_size, world_size):
     """The largest B, up to the one asked for, that divides a process's share of a step."""
@@ -734,8 +737,8 @@ if __name__ == "__main__":
         print(f"step {step:5d} | {line}", flush=True)
         if writes_files:
             log_file.write(json.dumps({"step": step, **event}) + "\n")
-        if writes_files and wandb_log:
-            wandb.log(event, step=step)
+            if wandb_log:
+                wandb.log(event, step=step)
 
     # for HellaSwag and samples; if a download fails, training goes on without them
     encoding = "bytes" if raw_model.n_tokens == 256 else "gpt2"
@@ -859,4 +862,3 @@ if __name__ == "__main__":
     if ddp:
         dist.barrier()  # rank 0 may still be saving
         dist.destroy_process_group()
-        time.sleep(0.2)  # gloo's threads can crash Python's exit if still at work
