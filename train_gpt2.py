@@ -308,28 +308,26 @@ def load_split(data, split, encoding):
         sys.exit(f"--data={data}: no such text, nor {split} shards; fineweb.py makes shards")
     return shards
 
-@functools.lru_cache(maxsize=8)  # all windows of a shard use the same one
-def permutation(n, seed, epoch, shard=None):
-    """The numbers 0 to n - 1, shuffled for each epoch and shard. Without a seed, in order."""
+@functools.lru_cache(maxsize=2)
+def shuffle(n_windows, seed, epoch):
+    """The order in which an epoch visits the windows; without a seed, from first to last."""
     if seed is None:
-        return np.arange(n)
-    key = [seed, epoch] if shard is None else [seed, epoch, shard]
-    return np.random.default_rng(key).permutation(n)
+        return np.arange(n_windows)
+    return np.random.default_rng([seed, epoch]).permutation(n_windows)
 
 class TokenLoader:
     """Cuts shards into windows of T + 1 tokens: T inputs, and the token after each.
-    With T = 4, a shard of 14 tokens has the windows 0 to 4, 4 to 8 and 8 to 12. Each epoch
-    shuffles the shards and the windows in each shard. The order depends only on the seed,
-    so a resumed run needs only the step. A step trains on the same tokens with any B and any
-    number of processes. Without a seed, as in validation, nothing is shuffled."""
+    With T = 4, a shard of 14 tokens has the windows 0 to 4, 4 to 8 and 8 to 12. Their order
+    depends only on the seed and the epoch, so a resumed run needs only the step, and a step
+        self.shards = shards
+    trains on the same tokens with any B and any number of processes."""
     def __init__(self, shards, B, T, rank, world_size, device, seed=None):
         self.B, self.T = B, T
         self.rank, self.world_size = rank, world_size
         self.device, self.seed = device, seed
-        self.shards = [(name, tokens) for name, tokens in shards if len(tokens) > T]
-        if not self.shards:
+        if self.n_windows < 1:
             sys.exit(f"{shards[0][0]} is too short: a window takes T + 1 = {T + 1} tokens")
-        self.counts = [(len(tokens) - 1) // T for _, tokens in self.shards]  # windows in each
+        self.counts = [(len(tokens) - 1) // T for _, tokens in shards]  # windows in each
         self.n_windows = sum(self.counts)
         # from the names and lengths of the shards, so that a resumed run notices other data
         self.checksum = zlib.crc32(repr([(name, len(t)) for name, t in shards]).encode())
@@ -337,16 +335,16 @@ class TokenLoader:
     def window(self, number):
         """The T + 1 tokens of a window. Numbers run on from one epoch to the next."""
         epoch, place = divmod(number, self.n_windows)
-        # skip the shards before it, in this epoch's order
-        for shard in permutation(len(self.shards), self.seed, epoch).tolist():
-            if place < self.counts[shard]:
-                break
-            place -= self.counts[shard]
-        window = permutation(self.counts[shard], self.seed, epoch, shard)[place]
-
-        # each epoch cuts at another offset; the golden ratio spreads the offsets evenly
+        window = shuffle(self.n_windows, self.seed, epoch)[place]
+        # windows are numbered through all shards: find the one that holds it
+        shard = 0
+        while window >= self.counts[shard]:
+            window -= self.counts[shard]
+            shard += 1
         name, tokens = self.shards[shard]
-        offset = int(0.618 * epoch * self.T) % self.T
+
+        # each epoch cuts elsewhere: 0, 5/8, 2/8, 7/8, ... of T later
+        offset = epoch * self.T * 5 // 8 % self.T
         start = min(window * self.T + offset, len(tokens) - self.T - 1)
         ids = tokens[start:start + self.T + 1]
         if ids.max() >= GPTConfig.vocab_size:
