@@ -373,22 +373,23 @@ def orthogonalize(m):
 
 class Muon(torch.optim.Optimizer):
     """Moves each matrix along its averaged gradient, made orthogonal. So it learns rare
-    directions as fast as common ones (Jordan 2024, kellerjordan.github.io/posts/muon)."""
-    def __init__(self, params, weight_decay, momentum=0.95):
-        super().__init__(params, dict(lr=0.0, weight_decay=weight_decay, momentum=momentum))
+    directions as fast as common ones (Jordan 2024, kellerjordan.github.io/posts/muon).
+    The matrices of a parameter group need the same shape."""
+    def __init__(self, groups, weight_decay, momentum=0.95):
+        super().__init__(groups, dict(lr=0.0, weight_decay=weight_decay, momentum=momentum))
 
     @torch.no_grad()
     def step(self):
-        [group] = self.param_groups
-        # all matrices of a shape at once: a few large products instead of many small ones
-        for rows, columns in {p.shape: None for p in group["params"]}:
-            matrices = [p for p in group["params"] if p.shape == (rows, columns)]
+        for group in self.param_groups:
             directions = []
-            for p in matrices:
+            for p in group["params"]:
                 state = self.state[p]
                 if not state:
                     state["average"] = torch.zeros_like(p)
+
+            # (n, rows, columns): one large product is faster than many small ones
                 state["average"].lerp_(p.grad, 1 - group["momentum"])
+            rows, columns = stack.shape[1:]
                 directions.append(p.grad.lerp(state["average"], group["momentum"]))  # Nesterov
             stack = torch.stack(directions)
             if rows == 3 * columns:
@@ -396,20 +397,24 @@ class Muon(torch.optim.Optimizer):
             stack = orthogonalize(stack.view(-1, rows, columns)).view_as(stack)
             # steps as large as AdamW's, so one learning rate suits both (arXiv 2502.16982)
             stack *= 0.2 * math.sqrt(max(rows, columns))
-            for p, direction in zip(matrices, stack, strict=True):
+            for p, direction in zip(group["params"], stack, strict=True):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.sub_(direction, alpha=group["lr"])
 
 def make_optimizers(model, name, weight_decay):
     """AdamW for everything, or Muon for the matrices in the blocks, AdamW for the rest."""
     vectors = [p for p in model.parameters() if p.dim() != 2]  # biases and LayerNorms
-    in_blocks = [p for p in model.transformer.h.parameters() if p.dim() == 2]
-    embeddings = [p for n, p in model.named_parameters() if p.dim() == 2 and ".h." not in n]
-    decayed = embeddings if name == "muon" else embeddings + in_blocks
+    embeddings = [model.transformer.wte.weight, model.transformer.wpe.weight]
+    matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2]
+    decayed = embeddings if name == "muon" else embeddings + matrices
     groups = [{"params": decayed}, {"params": vectors, "weight_decay": 0.0}]
     # GPT-3's betas; the loop sets the learning rate
     adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
-    return [adamw, Muon(in_blocks, weight_decay)] if name == "muon" else [adamw]
+    if name == "adamw":
+        return [adamw]
+    # each block has four matrices: group the first ones of all blocks, the second ones, ...
+    groups = [{"params": matrices[i::4]} for i in range(4)]
+    return [adamw, Muon(groups, weight_decay)]
 
 def get_lr(step, max_lr, min_lr, warmup_steps, max_steps):
     """A linear warmup, since large first steps diverge, then a cosine down to min_lr."""

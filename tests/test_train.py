@@ -434,15 +434,17 @@ def test_muon_moves_all_matrices_as_one_by_one():
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=8, vocab_size=256, n_layer=2, n_head=2, n_embd=16))
     _, muon = make_optimizers(model, "muon", 0.1)
-    [group] = muon.param_groups
-    group["lr"] = 0.02
-    before = [p.detach().clone() for p in group["params"]]
-    grads = [[torch.randn_like(p) for p in group["params"]] for _ in range(3)]
+    for group in muon.param_groups:
+        group["lr"] = 0.02
+    matrices = [p for group in muon.param_groups for p in group["params"]]
+    assert len(matrices) == 8
+    before = [p.detach().clone() for p in matrices]
+    grads = [[torch.randn_like(p) for p in matrices] for _ in range(3)]
     for step in grads:
-        for p, grad in zip(group["params"], step, strict=True):
+        for p, grad in zip(matrices, step, strict=True):
             p.grad = grad
         muon.step()
-    for i, p in enumerate(group["params"]):
+    for i, p in enumerate(matrices):
         expected = one_by_one(before[i], [step[i] for step in grads], 0.02, 0.1)
         moved = (expected - before[i]).norm()
         assert (p - expected).norm() < 0.3 * moved, i
@@ -458,12 +460,13 @@ def test_weight_decay_of_muon_shrinks_the_matrices():
         torch.manual_seed(0)
         model = GPT(GPTConfig(block_size=8, vocab_size=256, n_layer=1, n_head=2, n_embd=16))
         _, muon = make_optimizers(model, "muon", weight_decay)
-        [group] = muon.param_groups
-        group["lr"] = 0.1
-        before.append([p.detach().clone() for p in group["params"]])
-        for p in group["params"]:
+        for group in muon.param_groups:
+            group["lr"] = 0.1
+        matrices = [p for group in muon.param_groups for p in group["params"]]
+        before.append([p.detach().clone() for p in matrices])
+        for p in matrices:
             p.grad = torch.randn_like(p)
         muon.step()
-        after.append([p.detach() for p in group["params"]])
+        after.append([p.detach() for p in matrices])
     for old, plain, decayed in zip(before[0], *after, strict=True):
         assert torch.allclose(plain - decayed, 0.1 * 0.5 * old, atol=1e-6)
