@@ -267,15 +267,13 @@ def read_text(path, encoding):
     """The tokens of a text file."""
     if encoding == "bytes":
         return np.fromfile(path, dtype=np.uint8)
-    if os.path.getsize(path) > 500e6:
-        print(f"tokenizing {path} takes minutes; fineweb.py does it once, and in parallel")
     text = open(path, encoding="utf-8", errors="replace").read()
     return np.array(get_tokenizer(encoding).encode_ordinary(text), dtype=np.uint16)
 
 def open_shard(path):
     """Memory-maps the tokens of a .npy, or of a .bin from llm.c. Exits if it is damaged."""
-    with open(path, "rb") as file:
-        try:
+    try:
+        with open(path, "rb") as file:
             # the header says how many tokens follow, and their type
             if path.endswith(".npy"):
                 np.lib.format.read_magic(file)
@@ -284,12 +282,12 @@ def open_shard(path):
                 magic, version, count = np.fromfile(file, "<i4", 256)[:3].tolist()
                 assert (magic, version) == (20240520, 1), "the header is not llm.c's"
                 shape, dtype = (count,), "<u2"
-            found = (os.path.getsize(path) - file.tell()) / 2
-            assert shape == (found,), f"expected {shape} tokens, found {found}"
             assert dtype == "<u2", f"{dtype} instead of uint16"
-        except Exception as error:  # a damaged header can lead to any kind of error
-            sys.exit(f"{path}: not a shard of tokens from fineweb.py: {error!s:.200}")
-        return np.memmap(path, "<u2", mode="r", offset=file.tell(), shape=shape)
+            tokens = np.memmap(file, "<u2", mode="r", offset=file.tell())
+        assert tokens.shape == shape, f"expected {shape} tokens, found {len(tokens)}"
+        return tokens
+    except Exception as error:  # a damaged header can lead to any kind of error
+        sys.exit(f"{path}: not a shard of tokens from fineweb.py: {error!s:.200}")
 
 def load_split(data, split, encoding):
     """Returns [(name, tokens)] of train or val: a folder's shards, or a part of a text."""
@@ -319,16 +317,16 @@ class TokenLoader:
     """Cuts shards into windows of T + 1 tokens: T inputs, and the token after each.
     With T = 4, a shard of 14 tokens has the windows 0 to 4, 4 to 8 and 8 to 12. Their order
     depends only on the seed and the epoch, so a resumed run needs only the step, and a step
-        self.shards = shards
     trains on the same tokens with any B and any number of processes."""
     def __init__(self, shards, B, T, rank, world_size, device, seed=None):
+        self.shards = shards
         self.B, self.T = B, T
         self.rank, self.world_size = rank, world_size
         self.device, self.seed = device, seed
-        if self.n_windows < 1:
-            sys.exit(f"{shards[0][0]} is too short: a window takes T + 1 = {T + 1} tokens")
         self.counts = [(len(tokens) - 1) // T for _, tokens in shards]  # windows in each
         self.n_windows = sum(self.counts)
+        if self.n_windows < 1:
+            sys.exit(f"{shards[0][0]} is too short: a window takes T + 1 = {T + 1} tokens")
         # from the names and lengths of the shards, so that a resumed run notices other data
         self.checksum = zlib.crc32(repr([(name, len(t)) for name, t in shards]).encode())
 
@@ -386,12 +384,12 @@ class Muon(torch.optim.Optimizer):
                 state = self.state[p]
                 if not state:
                     state["average"] = torch.zeros_like(p)
+                state["average"].lerp_(p.grad, 1 - group["momentum"])
+                directions.append(p.grad.lerp(state["average"], group["momentum"]))  # Nesterov
 
             # (n, rows, columns): one large product is faster than many small ones
-                state["average"].lerp_(p.grad, 1 - group["momentum"])
-            rows, columns = stack.shape[1:]
-                directions.append(p.grad.lerp(state["average"], group["momentum"]))  # Nesterov
             stack = torch.stack(directions)
+            rows, columns = stack.shape[1:]
             if rows == 3 * columns:
                 rows = columns  # c_attn is three maps, for q, k and v, in one product
             stack = orthogonalize(stack.view(-1, rows, columns)).view_as(stack)
@@ -460,15 +458,13 @@ def sample(model, tokenizer, prompt, n_samples, seed):
     return [prompt + text.partition("<|endoftext|>")[0] for text in texts]
 
 # log and checkpoints ---------------------------------------------------------
-# dense 16-bit FLOP/s from the data sheets; the first key found in the GPU's name counts
-PEAK_FLOPS = {"T4": 65e12, "V100": 125e12, "L4": 121e12, "L40S": 362e12, "A10": 125e12,
-    "A100": 312e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12,
-    "B200": 2250e12, "RTX 3090": 71e12, "RTX 4090": 165e12, "RTX 5090": 209e12, "MI300X": 1307e12}
+# dense 16-bit FLOP/s of GPUs, from their data sheets
+PEAK_FLOPS = {"V100": 125e12, "A100": 312e12, "H100 PCIe": 756e12, "H100": 989e12,
+    "H200": 989e12, "B200": 2250e12, "RTX 3090": 71e12, "RTX 4090": 165e12, "RTX 5090": 209e12}
 
-def get_peak_flops(device):
-    """312e12 for "NVIDIA A100-SXM4-80GB"; None for a device that is not listed."""
-    names = [n for n in PEAK_FLOPS if re.search(rf"\b{n}\b(?!.*(Laptop|MIG))", device)]
-    return PEAK_FLOPS[names[0]] if names else None
+def get_peak_flops(gpu_name):
+    """312e12 for "NVIDIA A100-SXM4-80GB"; None for a GPU that is not listed."""
+    return next((flops for name, flops in PEAK_FLOPS.items() if name in gpu_name), None)
 
 def lock(path):
     """Keeps other runs out of the folder as long as this process lives."""
@@ -579,19 +575,15 @@ def default_dtype(device):
     native = device == "cpu" and torch.cpu._is_avx512_bf16_supported()
     return "bfloat16" if native else "float32"
 
-def torchrun_store(world_size):
-    """Where the processes of a launch find each other's addresses. After a restart they would
-    also find those of dead processes, so each attempt uses a prefix of its own."""
-    store, _, _ = next(dist.rendezvous("env://"))
-    if int(os.environ["LOCAL_WORLD_SIZE"]) == world_size:  # for several nodes see README.md
+def setup_distributed(device, timeout):
+    """Connects the processes that torchrun has started, so that they can average tensors."""
+    # through a store at torchrun they exchange their addresses
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:  # else see README.md
+        # after a restart it still has those of the dead processes, under another prefix
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    return store
-
-def setup_distributed(device, rank, world_size, timeout):
-    """Connects the processes, so that they can average tensors."""
-    backend = "nccl" if device == "cuda" else "gloo"
     gpu = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else None
-    dist.init_process_group(backend, store=torchrun_store(world_size), rank=rank,
+    dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=rank,
                             world_size=world_size, timeout=timedelta(seconds=timeout),
                             device_id=gpu)
     # gloo's threads can crash Python's exit if still at work (pytorch#190489): wait for them
@@ -635,7 +627,7 @@ if __name__ == "__main__":
         torch.cuda.set_device(local_rank)
         torch.set_float32_matmul_precision("high")  # TF32 for what remains in float32
     if ddp:
-        setup_distributed(device, rank, world_size, timeout)
+        setup_distributed(device, timeout)
 
     # precision: products in 16 bits where the device is fast at them
     if dtype == "auto":
@@ -720,7 +712,7 @@ if __name__ == "__main__":
     # FLOP per parameter: 2 forward, 4 backward (positions: none). Attention: 12 L C T
     c = raw_model.config
     flops_per_token = 6 * (n_params - c.block_size * c.n_embd) + 12 * c.n_layer * c.n_embd * T
-    peak = get_peak_flops(device_name) if dtype != "float32" else None
+    peak = get_peak_flops(device_name)
     lowered = f", lowered from {constants['B']} to divide a step" if B < constants["B"] else ""
     print(f"{n_params:,} parameters, {grad_accum_steps} micro-steps of {B} x {T} tokens "
           f"(for less memory, lower --B={B}{lowered})")
@@ -749,12 +741,10 @@ if __name__ == "__main__":
     if hella_every > 0 and encoding == "gpt2":
         examples = hellaswag.load_examples(skip=True)
     try:
-        if sample_every > 0 and n_samples > 0:
+        if sample_every > 0:
             tokenizer = get_tokenizer(encoding)
     except (OSError, ValueError) as error:
         print(f"no samples, GPT-2's tokenizer can't be downloaded: {error!r:.200}")
-    if prompt.startswith("@"):
-        prompt = open(prompt[1:]).read()
 
     def due(every):
         """True every so many steps, and at the last one."""
@@ -806,7 +796,7 @@ if __name__ == "__main__":
         for opt in optimizers:
             for group in opt.param_groups:
                 group["lr"] = lr
-        torch.manual_seed(hash((seed, step, rank)))  # for dropout: the same after resuming
+        torch.manual_seed(seed + step * world_size + rank)  # for dropout: same after resuming
 
         # a whole batch would need too much memory: add up the gradients of micro-batches
         loss_accum = 0.0
@@ -828,16 +818,15 @@ if __name__ == "__main__":
         train_loss = mean_over_ranks(loss_accum.item(), device)
         stopping = mean_over_ranks(len(stop_signals), device) > 0
 
-        # an infinite gradient would ruin the weights. float16 gradients can overflow:
-        # skip such a step and let scaler.update() halve the scale. At a scale of 1, stop
-        finite = math.isfinite(train_loss + norm)
-        if not finite and scaler.get_scale() <= 1:  # it is 1 in other dtypes
-            sys.exit(f"step {step}: loss {train_loss}, gradient norm {norm}; lower --max_lr")
-        if finite:
+        # infinite gradients would ruin the weights, so update only if all is finite. In float16
+        # it may help to try again with a smaller scale. Other dtypes have a scale of 1
+        if math.isfinite(train_loss + norm):
             with autocast:  # for the matrix products of Muon
                 for opt in optimizers:
                     opt.step()
-        scaler.update()
+        elif scaler.get_scale() <= 1:
+            sys.exit(f"step {step}: loss {train_loss}, gradient norm {norm}; lower --max_lr")
+        scaler.update()  # float16: halves the scale if a gradient was infinite
         raw_model.zero_grad()
 
         dt = time.perf_counter() - t0

@@ -152,7 +152,7 @@ def test_shard_of_another_length_than_its_header_says(folder):
     path = folder / "train_1.bin"
     path.write_bytes(path.read_bytes()[:-11])
     with pytest.raises(
-        SystemExit, match=rf"{path}: .*expected \(20000,\) .*found 19994.5"
+        SystemExit, match=rf"{path}: not a shard .*multiple"
     ):
         open_shard(str(path))
 

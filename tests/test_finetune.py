@@ -51,15 +51,12 @@ def talk(folder, *flags, cwd):
 
 
 def test_samples_without_training(folder, tmp_path):
-    """Samples depend on the seed. The prompt may be a file. Nothing is written."""
+    """Samples depend on the seed. Nothing is written."""
     first = talk(folder, "--prompt=The sea", cwd=tmp_path)
     assert len(first) == 2 and all(text.startswith("The sea") for text in first)
     assert talk(folder, "--prompt=The sea", cwd=tmp_path) == first
     assert talk(folder, "--prompt=The sea", "--seed=2", cwd=tmp_path) != first
     assert not list(tmp_path.iterdir())
-    (tmp_path / "prompt.txt").write_text("The land")
-    from_file = talk(folder, f"--prompt=@{tmp_path}/prompt.txt", cwd=tmp_path)
-    assert all(text.startswith("The land") for text in from_file)
 
 
 def test_a_sample_ends_with_its_document(folder, tmp_path):
