@@ -117,10 +117,11 @@ class GPTConfig:
 
 def causal_attention(q, k, v, dropout):
     """softmax(q k^T / sqrt(C/H)) v, shapes (B, H, T, C/H). No position sees a later one."""
-    if q.device.type == "cpu":  # where the backward pass in 16 bits is slow
-        q, k, v = q.float(), k.float(), v.float()
-    with torch.autocast("cpu", enabled=False):
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+    attention = functools.partial(F.scaled_dot_product_attention, dropout_p=dropout, is_causal=True)
+    if q.device.type != "cpu":
+        return attention(q, k, v)
+    with torch.autocast("cpu", enabled=False):  # its backward pass is slow in 16 bits
+        return attention(q.float(), k.float(), v.float())
 
 class CausalSelfAttention(nn.Module):
     """Lets each position gather information from itself and the positions before it.
@@ -327,8 +328,6 @@ class TokenLoader:
         self.n_windows = sum(self.counts)
         if self.n_windows < 1:
             sys.exit(f"{shards[0][0]} is too short: a window takes T + 1 = {T + 1} tokens")
-        # from the names and lengths of the shards, so that a resumed run notices other data
-        self.checksum = zlib.crc32(repr([(name, len(t)) for name, t in shards]).encode())
 
     def window(self, number):
         """The T + 1 tokens of a window. Numbers run on from one epoch to the next."""
@@ -430,7 +429,7 @@ def mean_over_ranks(value, device):
     """The mean of a number over all processes."""
     if not dist.is_initialized():
         return value
-    total = torch.tensor(value, dtype=torch.float64, device=device)
+    total = torch.tensor(value, device=device)
     dist.all_reduce(total)  # now the sum of all
     return total.item() / dist.get_world_size()
 
@@ -505,10 +504,9 @@ def save_checkpoint(log_dir, checkpoint, keep, final):
             os.remove(path + ".tmp")
         if final:
             raise
-        # on a full disk, torch raises another error, with the real cause as its context
-        print(f"warning: {path} can't be saved: {error.__context__ or error}")
+        print(f"warning: {path} can't be saved, is the disk full? {error}")
         return
-    # checkpoints of later steps are damaged; they stay, in case someone wants to see them
+    # those of later steps did not load when the run was resumed, so they don't count
     paths = checkpoint_paths(log_dir)
     removable = [s for s in paths if s <= checkpoint["step"] and s % 5000 != 0]
     if keep > 0:
@@ -520,8 +518,8 @@ def load_checkpoint(log_dir):
     paths = list(checkpoint_paths(log_dir).values())
     for path in reversed(paths):
         try:
-            # torch.load does not notice a flipped bit
-            assert not zipfile.ZipFile(path).testzip(), "wrong checksum"
+            # it is a zip file, and torch.load does not compare the checksums in it
+            assert zipfile.ZipFile(path).testzip() is None, "wrong checksum"
             return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # damage can lead to any kind of error
             print(f"warning: skipping {path}, it does not load: {error!r:.200}")
@@ -577,11 +575,12 @@ def default_dtype(device):
 
 def setup_distributed(device, timeout):
     """Connects the processes that torchrun has started, so that they can average tensors."""
-    # through a store at torchrun they exchange their addresses
     store, rank, world_size = next(dist.rendezvous("env://"))
-    if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:  # else see README.md
-        # after a restart it still has those of the dead processes, under another prefix
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    # they find each other's addresses in torchrun's store, which outlives a restart: each
+    # attempt needs a prefix of its own there. For several machines, see README.md
+    if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(attempt, store)
     gpu = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else None
     dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=rank,
                             world_size=world_size, timeout=timedelta(seconds=timeout),
@@ -646,7 +645,9 @@ if __name__ == "__main__":
     if max_steps > 0:
         shards = load_split(data, "train", encoding)
         train_loader = TokenLoader(shards, B, T, rank, world_size, device, seed)
-        config["data_checksum"] = train_loader.checksum
+        # a resumed run notices other data by the names and lengths of the shards
+        lengths = [(name, len(tokens)) for name, tokens in shards]
+        config["data_checksum"] = zlib.crc32(repr(lengths).encode())
         if train_loader.n_windows < windows_per_step:
             sys.exit(f"{data}: {train_loader.n_windows} windows, but a step takes "
                      f"{windows_per_step}; lower --total_batch_size")
@@ -695,6 +696,7 @@ if __name__ == "__main__":
 
     raw_model.to(device)
     optimizers = make_optimizers(raw_model, optimizer, weight_decay)
+    max_norm = grad_clip if grad_clip > 0 else math.inf
     if checkpoint is not None:
         for opt, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
             # only the state; settings like the weight decay come from this launch
@@ -723,8 +725,7 @@ if __name__ == "__main__":
             move_aside(log_dir)
         log_file = open(f"{log_dir}/log.jsonl", "a", buffering=1)
         # a resumed run repeats the steps after its checkpoint, so it drops their lines
-        if log_size < os.path.getsize(log_file.name):
-            log_file.truncate(log_size)
+        log_file.truncate(min(log_size, os.path.getsize(log_file.name)))
         if log_size == 0:
             log_file.write(json.dumps({"constants": config, "torch": torch.__version__}) + "\n")
 
@@ -814,19 +815,19 @@ if __name__ == "__main__":
         # all ranks must agree on the gradient's norm, the mean loss and whether to stop
         for opt in optimizers:
             scaler.unscale_(opt)
-        norm = nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf).item()
+        norm = nn.utils.clip_grad_norm_(raw_model.parameters(), max_norm).item()
         train_loss = mean_over_ranks(loss_accum.item(), device)
         stopping = mean_over_ranks(len(stop_signals), device) > 0
 
-        # infinite gradients would ruin the weights, so update only if all is finite. In float16
-        # it may help to try again with a smaller scale. Other dtypes have a scale of 1
+        # infinite gradients would ruin the weights. In float16, skip the step: the scaler then
+        # halves its scale. Where the scale is 1, as in other dtypes, stop
         if math.isfinite(train_loss + norm):
             with autocast:  # for the matrix products of Muon
                 for opt in optimizers:
                     opt.step()
         elif scaler.get_scale() <= 1:
             sys.exit(f"step {step}: loss {train_loss}, gradient norm {norm}; lower --max_lr")
-        scaler.update()  # float16: halves the scale if a gradient was infinite
+        scaler.update()
         raw_model.zero_grad()
 
         dt = time.perf_counter() - t0
