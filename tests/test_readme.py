@@ -48,6 +48,7 @@ STORY = {
         *TINY,
         "--hella_every=0",
     ],
+    next(line for line in COMMANDS if "--n_head=5" in line): SMALL,
     next(line for line in COMMANDS if "--n_layer=6" in line and "python" in line): SMALL,
     next(line for line in COMMANDS if "--log_dir=log/muon" in line): SMALL,
     next(line for line in COMMANDS if "--log_dir=log/adamw" in line): SMALL,
