@@ -212,7 +212,7 @@ class GPT(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, generator=None):
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0):
         """Ids (B, T) -> ids (B, T + max_new_tokens), each drawn from the model's scores."""
         for _ in range(max_new_tokens):
             context = idx[:, -self.config.block_size:]
@@ -223,7 +223,7 @@ class GPT(nn.Module):
                 likeliest = logits.topk(min(top_k, self.n_tokens)).values
                 logits[logits < likeliest[:, -1:]] = -math.inf
             probs = F.softmax(logits, dim=-1)
-            next_token = torch.multinomial(probs, 1, generator=generator)
+            next_token = torch.multinomial(probs, num_samples=1)
             idx = torch.cat([idx, next_token], dim=1)
         return idx
 
@@ -295,8 +295,8 @@ def load_split(data, split, encoding):
     shards = []
     if os.path.isdir(data):
         for name in sorted(os.listdir(data)):
-            # edu_train_000001.npy consists of the words edu, train and npy
-            if name.endswith((".npy", ".bin")) and split in re.split("[^a-z]+", name):
+            # edu_train_000001.npy has the words edu, train and npy
+            if name.endswith((".npy", ".bin")) and split in re.findall("[a-z]+", name):
                 shards.append((name, open_shard(f"{data}/{name}")))
     elif os.path.isfile(data) and not data.endswith((".npy", ".bin")):
         tokens = read_text(data, encoding)
@@ -340,8 +340,8 @@ class TokenLoader:
             shard += 1
         name, tokens = self.shards[shard]
 
-        # each epoch cuts elsewhere: 0, 5/8, 2/8, 7/8, ... of T later
-        offset = epoch * self.T * 5 // 8 % self.T
+        # each epoch moves all cuts by 5/8 of T, so that no window comes twice
+        offset = epoch * 5 * self.T // 8 % self.T
         start = min(window * self.T + offset, len(tokens) - self.T - 1)
         ids = tokens[start:start + self.T + 1]
         if ids.max() >= GPTConfig.vocab_size:
@@ -437,21 +437,20 @@ def mean_over_ranks(value, device):
 def evaluate(model, loader, n_batches):
     """The mean loss, in nats per token, of the first n_batches micro-batches of all ranks."""
     model.eval()
-    loss_accum = 0.0
+    losses = []
     for n in range(n_batches):
         x, y = loader.batch(n)
-        loss_accum += model(x, y).item() / n_batches
+        losses.append(model(x, y).item())
     model.train()
-    return mean_over_ranks(loss_accum, loader.device)
+    return mean_over_ranks(sum(losses) / n_batches, loader.device)
 
 def sample(model, tokenizer, prompt, n_samples, seed):
     """Returns texts that begin with the prompt; see sample_tokens, temperature and top_k."""
     model.eval()
-    device = model.lm_head.weight.device
     start = tokenizer.encode(prompt or "<|endoftext|>", allowed_special="all")
-    idx = torch.tensor([start] * n_samples, device=device)
-    generator = torch.Generator(device).manual_seed(seed)
-    idx = model.generate(idx, sample_tokens, temperature, top_k, generator)
+    idx = torch.tensor([start] * n_samples, device=model.lm_head.weight.device)
+    torch.manual_seed(seed)  # training is not affected: it sets a new seed in each step
+    idx = model.generate(idx, sample_tokens, temperature, top_k)
     model.train()
     texts = [tokenizer.decode(tokens) for tokens in idx[:, len(start):].tolist()]
     return [prompt + text.partition("<|endoftext|>")[0] for text in texts]
@@ -506,12 +505,10 @@ def save_checkpoint(log_dir, checkpoint, keep, final):
             raise
         print(f"warning: {path} can't be saved, is the disk full? {error}")
         return
-    # those of later steps did not load when the run was resumed, so they don't count
     paths = checkpoint_paths(log_dir)
-    removable = [s for s in paths if s <= checkpoint["step"] and s % 5000 != 0]
-    if keep > 0:
-        for old in removable[:-keep]:
-            os.remove(paths[old])
+    so_far = [s for s in paths if s <= checkpoint["step"] and s % 5000 != 0]
+    for old in so_far[:-keep]:  # none if keep is 0
+        os.remove(paths[old])
 
 def load_checkpoint(log_dir):
     """The newest checkpoint that is not damaged, or None if there is none."""
@@ -701,8 +698,7 @@ if __name__ == "__main__":
         for opt, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
             # only the state; settings like the weight decay come from this launch
             opt.load_state_dict(opt.state_dict() | {"state": saved["state"]})
-        if checkpoint["scaler"]:  # empty after a run in another dtype
-            scaler.load_state_dict(checkpoint["scaler"])
+        scaler.load_state_dict(scaler.state_dict() | checkpoint["scaler"])  # {} if not float16
         del checkpoint
 
     # model trains and validates; raw_model, with the same weights, does everything else
