@@ -127,6 +127,9 @@ class Fork:
         import torch._dynamo  # noqa: F401, as torch.optim does
         from transformers import GPT2Config, GPT2LMHeadModel  # noqa: F401
 
+        # a fork would wait for threads that it does not inherit. torchrun uses one as well; more
+        # would round differently. OMP_NUM_THREADS comes too late if torch was imported before
+        torch.set_num_threads(1)
         self.args, self.returncode = flags, None
         self.files = [tempfile.TemporaryFile("w+", errors="replace") for _ in range(2)]
         self.pid = os.fork()

@@ -19,12 +19,10 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch
 from conftest import ROOT, TINY, fork, load, log_of, write_bin
 from storm import different_tensors
 
-torch.set_num_threads(1)  # a fork does not inherit threads, and would wait for them
-SMALL = [*TINY, "--n_layer=1", "--n_embd=8", "--sample_every=0", "--T=16", "--B=4", "--keep=0"]
+SMALL = [*TINY, "--n_layer=1", "--n_embd=8", "--n_samples=0", "--T=16", "--B=4", "--keep=0"]
 SMALL += ["--total_batch_size=64", "--val_steps=1", "--save_every=2", "--val_every=0"]
 
 

@@ -30,9 +30,6 @@ from conftest import (
     start,
 )
 
-# torchrun gives each process one thread; more would round differently
-torch.set_num_threads(1)
-
 
 def processes_of(log_dir):
     """Returns {pid: command line} of torchrun and its workers, which have groups of their own."""
