@@ -117,11 +117,10 @@ class GPTConfig:
 
 def causal_attention(q, k, v, dropout):
     """softmax(q k^T / sqrt(C/H)) v, shapes (B, H, T, C/H). No position sees a later one."""
-    attention = functools.partial(F.scaled_dot_product_attention, dropout_p=dropout, is_causal=True)
-    if q.device.type != "cpu":
-        return attention(q, k, v)
-    with torch.autocast("cpu", enabled=False):  # its backward pass is slow in 16 bits
-        return attention(q.float(), k.float(), v.float())
+    if q.device.type == "cpu":  # where the backward pass in 16 bits is slow
+        q, k, v = q.float(), k.float(), v.float()
+    with torch.autocast("cpu", enabled=False):  # on a GPU this changes nothing
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
 
 class CausalSelfAttention(nn.Module):
     """Lets each position gather information from itself and the positions before it.
@@ -273,8 +272,8 @@ def read_text(path, encoding):
 
 def open_shard(path):
     """Memory-maps the tokens of a .npy, or of a .bin from llm.c. Exits if it is damaged."""
-    try:
-        with open(path, "rb") as file:
+    with open(path, "rb") as file:
+        try:
             # the header says how many tokens follow, and their type
             if path.endswith(".npy"):
                 np.lib.format.read_magic(file)
@@ -283,12 +282,12 @@ def open_shard(path):
                 magic, version, count = np.fromfile(file, "<i4", 256)[:3].tolist()
                 assert (magic, version) == (20240520, 1), "the header is not llm.c's"
                 shape, dtype = (count,), "<u2"
+            found = (os.path.getsize(path) - file.tell()) / 2
+            assert shape == (found,), f"expected {shape} tokens, found {found}"
             assert dtype == "<u2", f"{dtype} instead of uint16"
-            tokens = np.memmap(file, "<u2", mode="r", offset=file.tell())
-        assert tokens.shape == shape, f"expected {shape} tokens, found {len(tokens)}"
-        return tokens
-    except Exception as error:  # a damaged header can lead to any kind of error
-        sys.exit(f"{path}: not a shard of tokens from fineweb.py: {error!s:.200}")
+        except Exception as error:  # a damaged header can lead to any kind of error
+            sys.exit(f"{path}: not a shard of tokens from fineweb.py: {error!s:.200}")
+        return np.memmap(path, "<u2", mode="r", offset=file.tell(), shape=shape)
 
 def load_split(data, split, encoding):
     """Returns [(name, tokens)] of train or val: a folder's shards, or a part of a text."""
@@ -307,7 +306,7 @@ def load_split(data, split, encoding):
         sys.exit(f"--data={data}: no such text, nor {split} shards; fineweb.py makes shards")
     return shards
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=2)  # all windows of an epoch use the same one
 def shuffle(n_windows, seed, epoch):
     """The order in which an epoch visits the windows; without a seed, from first to last."""
     if seed is None:
@@ -324,9 +323,9 @@ class TokenLoader:
         self.B, self.T = B, T
         self.rank, self.world_size = rank, world_size
         self.device, self.seed = device, seed
-        self.counts = [(len(tokens) - 1) // T for _, tokens in shards]  # windows in each
+        self.counts = [max(0, len(tokens) - 1) // T for _, tokens in shards]  # windows in each
         self.n_windows = sum(self.counts)
-        if self.n_windows < 1:
+        if self.n_windows == 0:
             sys.exit(f"{shards[0][0]} is too short: a window takes T + 1 = {T + 1} tokens")
 
     def window(self, number):
@@ -456,13 +455,15 @@ def sample(model, tokenizer, prompt, n_samples, seed):
     return [prompt + text.partition("<|endoftext|>")[0] for text in texts]
 
 # log and checkpoints ---------------------------------------------------------
-# dense 16-bit FLOP/s of GPUs, from their data sheets
-PEAK_FLOPS = {"V100": 125e12, "A100": 312e12, "H100 PCIe": 756e12, "H100": 989e12,
-    "H200": 989e12, "B200": 2250e12, "RTX 3090": 71e12, "RTX 4090": 165e12, "RTX 5090": 209e12}
+# dense 16-bit FLOP/s from the data sheets; the first key found in the GPU's name counts
+PEAK_FLOPS = {"T4": 65e12, "V100": 125e12, "L4": 121e12, "L40S": 362e12, "A10": 125e12,
+    "A100": 312e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12,
+    "B200": 2250e12, "RTX 3090": 71e12, "RTX 4090": 165e12, "RTX 5090": 209e12, "MI300X": 1307e12}
 
-def get_peak_flops(gpu_name):
-    """312e12 for "NVIDIA A100-SXM4-80GB"; None for a GPU that is not listed."""
-    return next((flops for name, flops in PEAK_FLOPS.items() if name in gpu_name), None)
+def get_peak_flops(device):
+    """312e12 for "NVIDIA A100-SXM4-80GB"; None for a device that is not listed."""
+    names = [n for n in PEAK_FLOPS if re.search(rf"\b{n}\b(?!.*(Laptop|MIG))", device)]
+    return PEAK_FLOPS[names[0]] if names else None
 
 def lock(path):
     """Keeps other runs out of the folder as long as this process lives."""
@@ -710,7 +711,7 @@ if __name__ == "__main__":
     # FLOP per parameter: 2 forward, 4 backward (positions: none). Attention: 12 L C T
     c = raw_model.config
     flops_per_token = 6 * (n_params - c.block_size * c.n_embd) + 12 * c.n_layer * c.n_embd * T
-    peak = get_peak_flops(device_name)
+    peak = get_peak_flops(device_name) if dtype != "float32" else None
     lowered = f", lowered from {constants['B']} to divide a step" if B < constants["B"] else ""
     print(f"{n_params:,} parameters, {grad_accum_steps} micro-steps of {B} x {T} tokens "
           f"(for less memory, lower --B={B}{lowered})")
@@ -738,7 +739,7 @@ if __name__ == "__main__":
     if hella_every > 0 and encoding == "gpt2":
         examples = hellaswag.load_examples(skip=True)
     try:
-        if sample_every > 0:
+        if sample_every > 0 and n_samples > 0:
             tokenizer = get_tokenizer(encoding)
     except (OSError, ValueError) as error:
         print(f"no samples, GPT-2's tokenizer can't be downloaded: {error!r:.200}")

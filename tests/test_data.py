@@ -65,8 +65,7 @@ def test_the_order_is_new_in_each_epoch(tmp_path):
         orders.append(tuple(first // 1000 * 20 + first % 1000 // 8 for first in firsts))
     assert all(sorted(order) == list(range(100)) for order in orders)
     assert len(set(orders)) == 4
-    first_tenth = {window // 20 for window in orders[0][:20]}
-    assert len(first_tenth) > 2
+    assert len({window // 20 for window in orders[0][:20]}) > 2  # shards among the first
 
 
 @pytest.mark.parametrize("step", [0, 3, 40])  # the last is in another epoch
@@ -152,7 +151,7 @@ def test_shard_of_another_length_than_its_header_says(folder):
     path = folder / "train_1.bin"
     path.write_bytes(path.read_bytes()[:-11])
     with pytest.raises(
-        SystemExit, match=rf"{path}: not a shard .*multiple"
+        SystemExit, match=rf"{path}: .*expected \(20000,\) .*found 19994.5"
     ):
         open_shard(str(path))
 
@@ -206,6 +205,7 @@ def test_folder_without_shards(folder, tmp_path_factory):
 
 
 def test_short_shards_and_unfinished_files_are_passed_over(folder):
+    np.save(folder / "train_0.npy", np.arange(0, dtype=np.uint16))
     np.save(folder / "train_2.npy", np.arange(32, dtype=np.uint16))  # one token less than a window
     (folder / "train_3.npy.tmp").write_bytes(b"half a shard")
     result = train(f"--data={folder}", f"--log_dir={folder}-log", "--max_steps=1")
