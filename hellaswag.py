@@ -119,8 +119,8 @@ def ending_losses(model, batch):
     else:
         hidden = model.transformer(inputs, use_cache=False).last_hidden_state
 
-    # logits for the endings only: a third of the memory; without our vocabulary's padding
-    logits = model.lm_head(hidden[mask])[:, :getattr(model, "n_tokens", None)]
+    # logits for the endings only: a third of the memory; without the vocabulary's padding
+    logits = model.lm_head(hidden[mask])[:, :50257]
     losses = torch.zeros(mask.shape, device=device)
     losses[mask] = F.cross_entropy(logits.float(), targets[mask], reduction="none")
     sums = losses.sum(1).view(-1, 4)

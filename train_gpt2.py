@@ -172,7 +172,6 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.n_tokens = min(config.vocab_size, GPTConfig.vocab_size)  # ids above are padding
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             wpe=nn.Embedding(config.block_size, config.n_embd),
@@ -216,10 +215,10 @@ class GPT(nn.Module):
         for _ in range(max_new_tokens):
             context = idx[:, -self.config.block_size:]
             last = self.hidden(context)[:, -1]  # (B, C): only the last position is needed
-            logits = self.lm_head(last)[:, :self.n_tokens].float()
+            logits = self.lm_head(last)[:, :GPTConfig.vocab_size].float()  # without padding
             logits = logits / max(temperature, 1e-6)
             if top_k > 0:
-                likeliest = logits.topk(min(top_k, self.n_tokens)).values
+                likeliest = logits.topk(min(top_k, logits.shape[1])).values
                 logits[logits < likeliest[:, -1:]] = -math.inf
             probs = F.softmax(logits, dim=-1)
             next_token = torch.multinomial(probs, num_samples=1)
@@ -248,7 +247,7 @@ def save_pretrained(model, folder):
     shape = dict(n_positions=c.block_size, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd)
     theirs = GPT2LMHeadModel(GPT2Config(vocab_size=c.vocab_size, **shape))
     theirs.load_state_dict(transpose_conv1d(model.state_dict()))
-    theirs.resize_token_embeddings(model.n_tokens)
+    theirs.resize_token_embeddings(min(c.vocab_size, GPTConfig.vocab_size))
     theirs.save_pretrained(folder)
 
 GPT.from_pretrained = staticmethod(from_pretrained)
@@ -734,7 +733,7 @@ if __name__ == "__main__":
                 wandb.log(event, step=step)
 
     # for HellaSwag and samples; if a download fails, training goes on without them
-    encoding = "bytes" if raw_model.n_tokens == 256 else "gpt2"
+    encoding = "bytes" if raw_model.config.vocab_size == 256 else "gpt2"
     examples = tokenizer = None
     if hella_every > 0 and encoding == "gpt2":
         examples = hellaswag.load_examples(skip=True)
