@@ -305,12 +305,13 @@ def load_split(data, split, encoding):
         sys.exit(f"--data={data}: no such text, nor {split} shards; fineweb.py makes shards")
     return shards
 
-@functools.lru_cache(maxsize=2)  # all windows of an epoch use the same one
-def shuffle(n_windows, seed, epoch):
-    """The order in which an epoch visits the windows; without a seed, from first to last."""
-    if seed is None:
-        return np.arange(n_windows)
-    return np.random.default_rng([seed, epoch]).permutation(n_windows)
+@functools.lru_cache(maxsize=2)  # it is the same for all windows of an epoch
+def shuffle(n_windows, T, seed, epoch):
+    """Draws the order of an epoch's windows, and by how many tokens they are moved."""
+    if seed is None:  # for validation: from first to last
+        return np.arange(n_windows), 0
+    rng = np.random.default_rng([seed, epoch])
+    return rng.permutation(n_windows), rng.integers(T)
 
 class TokenLoader:
     """Cuts shards into windows of T + 1 tokens: T inputs, and the token after each.
@@ -330,7 +331,8 @@ class TokenLoader:
     def window(self, number):
         """The T + 1 tokens of a window. Numbers run on from one epoch to the next."""
         epoch, place = divmod(number, self.n_windows)
-        window = shuffle(self.n_windows, self.seed, epoch)[place]
+        order, offset = shuffle(self.n_windows, self.T, self.seed, epoch)
+        window = order[place]
         # windows are numbered through all shards: find the one that holds it
         shard = 0
         while window >= self.counts[shard]:
@@ -338,8 +340,7 @@ class TokenLoader:
             shard += 1
         name, tokens = self.shards[shard]
 
-        # each epoch moves all cuts by 5/8 of T, so that no window comes twice
-        offset = epoch * 5 * self.T // 8 % self.T
+        # the offset gives each epoch other windows; the last one of a shard has less room
         start = min(window * self.T + offset, len(tokens) - self.T - 1)
         ids = tokens[start:start + self.T + 1]
         if ids.max() >= GPTConfig.vocab_size:
