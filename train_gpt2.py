@@ -424,13 +424,13 @@ def get_lr(step, max_lr, min_lr, warmup_steps, max_steps):
 # attention without cuDNN's kernel, which makes a new plan for each length
 ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
-def mean_over_ranks(value, device):
-    """The mean of a number over all processes."""
+def mean_over_ranks(values, device):
+    """The mean over all processes of a number, or of each number in a list."""
     if not dist.is_initialized():
-        return value
-    total = torch.tensor(value, device=device)
-    dist.all_reduce(total)  # now the sum of all
-    return total.item() / dist.get_world_size()
+        return values
+    total = torch.tensor(values, device=device)
+    dist.all_reduce(total)  # now the sum over all processes
+    return (total / dist.get_world_size()).tolist()
 
 @torch.no_grad()
 def evaluate(model, loader, n_batches):
@@ -809,21 +809,23 @@ if __name__ == "__main__":
             loss_accum += loss.detach()
             scaler.scale(loss).backward()
 
-        # all ranks must agree on the gradient's norm, the mean loss and whether to stop
+        # clip the gradients, so that a bad batch does not move the weights far
         for opt in optimizers:
             scaler.unscale_(opt)
         norm = nn.utils.clip_grad_norm_(raw_model.parameters(), max_norm).item()
-        train_loss = mean_over_ranks(loss_accum.item(), device)
-        stopping = mean_over_ranks(len(stop_signals), device) > 0
 
-        # infinite gradients would ruin the weights. In float16, skip the step: the scaler then
-        # halves its scale. Where the scale is 1, as in other dtypes, stop
-        if math.isfinite(train_loss + norm):
+        # all ranks must agree on the loss, and on whether to stop
+        train_loss, signals = mean_over_ranks([loss_accum.item(), len(stop_signals)], device)
+        stopping = signals > 0
+
+        # stop before a bad update. In float16 only skip it: the scaler then halves its scale
+        finite = math.isfinite(train_loss + norm)
+        if not finite and scaler.get_scale() <= 1:
+            sys.exit(f"step {step}: loss {train_loss}, gradient norm {norm}; lower --max_lr")
+        if finite:
             with autocast:  # for the matrix products of Muon
                 for opt in optimizers:
                     opt.step()
-        elif scaler.get_scale() <= 1:
-            sys.exit(f"step {step}: loss {train_loss}, gradient norm {norm}; lower --max_lr")
         scaler.update()
         raw_model.zero_grad()
 
