@@ -572,15 +572,17 @@ def default_dtype(device):
     return "bfloat16" if native else "float32"
 
 def setup_distributed(device, timeout):
-    """Connects the processes that torchrun has started, so that they can average tensors."""
+    """Connects the processes that torchrun has started, so that they can average tensors.
+    It is init_process_group, and a fix for torchrun's restarts on a single machine."""
+    # the processes exchange addresses in a store of torchrun's, which still has the old ones
+    # after a restart. With a prefix, each attempt uses other keys. See pytorch#135712
     store, rank, world_size = next(dist.rendezvous("env://"))
-    # they find each other's addresses in torchrun's store, which outlives a restart: each
-    # attempt needs a prefix of its own there. For several machines, see README.md
     if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(attempt, store)
     gpu = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else None
     dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=rank,
+
                             world_size=world_size, timeout=timedelta(seconds=timeout),
                             device_id=gpu)
     # gloo's threads can crash Python's exit if still at work (pytorch#190489): wait for them
