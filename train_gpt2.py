@@ -357,14 +357,16 @@ class TokenLoader:
 
 # optimizers and schedule -----------------------------------------------------
 def orthogonalize(m):
-    """Matrices U S V^T (..., rows, columns) -> about U V^T: all singular values near 1.
+    """Matrices U S V^T (n, rows, columns) -> about U V^T: all singular values near 1.
     Each round turns a singular value s into 3.4445 s - 4.7750 s^3 + 2.0315 s^5 (Jordan 2024)."""
     if m.shape[-2] > m.shape[-1]:
         return orthogonalize(m.mT).mT  # for a smaller Gram matrix
     x = m / (m.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(5):
         gram = x @ x.mT
-        x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x
+        # baddbmm(a, b, c) is beta * a + alpha * b @ c, for each matrix
+        polynomial = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, polynomial, x, beta=3.4445)
     return x
 
 class Muon(torch.optim.Optimizer):
@@ -580,9 +582,9 @@ def setup_distributed(device, timeout):
     if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(attempt, store)
+
     gpu = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else None
     dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=rank,
-
                             world_size=world_size, timeout=timedelta(seconds=timeout),
                             device_id=gpu)
     # gloo's threads can crash Python's exit if still at work (pytorch#190489): wait for them
