@@ -31,7 +31,7 @@ def windows_of_step(data, step, per_step, world_size, B):
 
 
 def test_every_window_once_an_epoch(shards):
-    """Each epoch moves all windows by another offset. The last one of a shard moves less, to fit."""
+    """Each epoch moves all windows by another offset. The last of a shard moves less, to fit."""
     T = 32
     tokens = loader(shards[0], "train", T, seed=7)
     flat = [np.load(path) for path in sorted(shards[0].glob("*train*"))]
