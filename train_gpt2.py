@@ -310,8 +310,9 @@ def shuffle(n_windows, T, seed, epoch):
     """Draws the order of an epoch's windows, and by how many tokens they are moved."""
     if seed is None:  # for validation: from first to last
         return np.arange(n_windows), 0
-    rng = np.random.default_rng([seed, epoch])
-    return rng.permutation(n_windows), rng.integers(T)
+    order = np.random.default_rng([seed, epoch]).permutation(n_windows)
+    offsets = np.random.default_rng(seed).permutation(T)  # another one in each epoch
+    return order, offsets[epoch % T]
 
 class TokenLoader:
     """Cuts shards into windows of T + 1 tokens: T inputs, and the token after each.

@@ -47,12 +47,12 @@ def test_every_window_once_an_epoch(shards):
         unshuffled.append([tuple(part[start : start + T + 1]) for part, start in starts])
 
     offsets = []
-    for epoch in range(3):
+    for epoch in range(4):
         first = epoch * tokens.n_windows
         windows = [tuple(tokens.window(first + i)) for i in range(tokens.n_windows)]
         offsets += [i for i in range(T) if sorted(windows) == sorted(unshuffled[i])]
         assert windows not in unshuffled
-    assert len(offsets) == len(set(offsets)) == 3
+    assert len(offsets) == len(set(offsets)) == 4
 
 
 def test_the_order_is_new_in_each_epoch(tmp_path):
