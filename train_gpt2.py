@@ -433,7 +433,7 @@ def mean_over_ranks(values, device):
         return values
     total = torch.tensor(values, device=device)
     dist.all_reduce(total)  # now the sum over all processes
-    return (total / dist.get_world_size()).tolist()
+    return (total.double() / dist.get_world_size()).tolist()
 
 @torch.no_grad()
 def evaluate(model, loader, n_batches):
