@@ -728,6 +728,7 @@ if __name__ == "__main__":
         log_file = open(f"{log_dir}/log.jsonl", "a", buffering=1)
         # a resumed run repeats the steps after its checkpoint, so it drops their lines
         log_file.truncate(min(log_size, os.path.getsize(log_file.name)))
+        log_file.seek(0, os.SEEK_END)
         if log_size == 0:
             log_file.write(json.dumps({"constants": config, "torch": torch.__version__}) + "\n")
 

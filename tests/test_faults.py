@@ -356,6 +356,19 @@ def test_a_damaged_log_is_kept(text, tmp_path):
 WANDB = ["--max_steps=2", "--wandb_log=1"]
 
 
+def test_steps_that_were_not_logged(text, tmp_path):
+    """A checkpoint knows its place in the log, even if the run that saved it wrote no line."""
+    flags = f"--data={text}", f"--log_dir={tmp_path}/log", "--save_every=2"
+    never = [f"--{what}_every=0" for what in ("log", "val", "sample")]
+    train(*flags, "--max_steps=4")
+    (tmp_path / "log" / "ckpt_000004.pt").unlink()
+    train(*flags, "--max_steps=4", "--init_from=resume", *never)
+    for _ in range(2):
+        train(*flags, "--max_steps=6", "--init_from=resume")
+        (tmp_path / "log" / "ckpt_000006.pt").unlink()
+    assert list(series(tmp_path / "log", "train_loss")) == [0, 1, 4, 5]
+
+
 def test_wandb_that_is_not_installed(text, tmp_path):
     (tmp_path / "path").mkdir()
     (tmp_path / "path" / "wandb.py").write_text("raise ImportError(\"No module named 'wandb'\")")
