@@ -13,7 +13,6 @@ Ctrl-C saves and exits; --init_from=resume continues, on any number of GPUs.
 """
 import atexit
 import difflib
-import functools
 import glob
 import json
 import math
@@ -261,7 +260,6 @@ def get_tokenizer(encoding):
     single = {bytes([i]): i for i in range(256)}
     return tiktoken.Encoding("", pat_str="(?s:.)", mergeable_ranks=single, special_tokens={})
 
-@functools.lru_cache(maxsize=1)
 def read_text(path, encoding):
     """The tokens of a text file."""
     if encoding == "bytes":
@@ -305,15 +303,6 @@ def load_split(data, split, encoding):
         sys.exit(f"--data={data}: no such text, nor {split} shards; fineweb.py makes shards")
     return shards
 
-@functools.lru_cache(maxsize=2)  # it is the same for all windows of an epoch
-def shuffle(n_windows, T, seed, epoch):
-    """Draws the order of an epoch's windows, and by how many tokens they are moved."""
-    if seed is None:  # for validation: from first to last
-        return np.arange(n_windows), 0
-    order = np.random.default_rng([seed, epoch]).permutation(n_windows)
-    offsets = np.random.default_rng(seed).permutation(T)  # another one in each epoch
-    return order, offsets[epoch % T]
-
 class TokenLoader:
     """Cuts shards into windows of T + 1 tokens: T inputs, and the token after each.
     With T = 4, a shard of 14 tokens has the windows 0 to 4, 4 to 8 and 8 to 12. Their order
@@ -328,12 +317,25 @@ class TokenLoader:
         self.n_windows = sum(self.counts)
         if self.n_windows == 0:
             sys.exit(f"{shards[0][0]} is too short: a window takes T + 1 = {T + 1} tokens")
+        self.start_epoch(0)
+
+    def start_epoch(self, epoch):
+        """Shuffles the windows, and moves all of them, so that each epoch has other ones."""
+        self.epoch = epoch
+        if self.seed is None:  # for validation: from first to last, always the same
+            self.order = np.arange(self.n_windows)
+            self.offset = 0
+        else:
+            self.order = np.random.default_rng([self.seed, epoch]).permutation(self.n_windows)
+            offsets = np.random.default_rng(self.seed).permutation(self.T)
+            self.offset = offsets[epoch % self.T]
 
     def window(self, number):
         """The T + 1 tokens of a window. Numbers run on from one epoch to the next."""
         epoch, place = divmod(number, self.n_windows)
-        order, offset = shuffle(self.n_windows, self.T, self.seed, epoch)
-        window = order[place]
+        if epoch != self.epoch:
+            self.start_epoch(epoch)
+        window = self.order[place]
         # windows are numbered through all shards: find the one that holds it
         shard = 0
         while window >= self.counts[shard]:
@@ -341,8 +343,8 @@ class TokenLoader:
             shard += 1
         name, tokens = self.shards[shard]
 
-        # the offset gives each epoch other windows; the last one of a shard has less room
-        start = min(window * self.T + offset, len(tokens) - self.T - 1)
+        last_start = len(tokens) - self.T - 1  # the last window of a shard has less room to move
+        start = min(window * self.T + self.offset, last_start)
         ids = tokens[start:start + self.T + 1]
         if ids.max() >= GPTConfig.vocab_size:
             sys.exit(f"{name}: {ids.max()} at offset {start + ids.argmax()} is no GPT-2 token")
