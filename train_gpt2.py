@@ -376,9 +376,11 @@ def orthogonalize(m):
 
 class Muon(torch.optim.Optimizer):
     """Moves each matrix along its averaged gradient, made orthogonal. So it learns rare
-    directions as fast as common ones (Jordan 2024, kellerjordan.github.io/posts/muon).
-    The matrices of a parameter group need the same shape."""
-    def __init__(self, groups, weight_decay, momentum=0.95):
+    directions as fast as common ones (Jordan 2024, kellerjordan.github.io/posts/muon)."""
+    def __init__(self, matrices, weight_decay, momentum=0.95):
+        # one parameter group for each shape, so that step() can stack its matrices
+        shapes = dict.fromkeys(p.shape for p in matrices)
+        groups = [{"params": [p for p in matrices if p.shape == shape]} for shape in shapes]
         super().__init__(groups, dict(lr=0.0, weight_decay=weight_decay, momentum=momentum))
 
     @torch.no_grad()
@@ -404,20 +406,23 @@ class Muon(torch.optim.Optimizer):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.sub_(direction, alpha=group["lr"])
 
-def make_optimizers(model, name, weight_decay):
+def make_optimizers(model, optimizer, weight_decay):
     """AdamW for everything, or Muon for the matrices in the blocks, AdamW for the rest."""
-    vectors = [p for p in model.parameters() if p.dim() != 2]  # biases and LayerNorms
-    embeddings = [model.transformer.wte.weight, model.transformer.wpe.weight]
-    matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2]
-    decayed = embeddings if name == "muon" else embeddings + matrices
+    vectors, embeddings, matrices = [], [], []
+    for name, p in model.named_parameters():
+        if p.dim() < 2:  # biases and LayerNorms
+            vectors.append(p)
+        elif name.startswith("transformer.h."):
+            matrices.append(p)
+        else:
+            embeddings.append(p)
+    decayed = embeddings if optimizer == "muon" else embeddings + matrices
     groups = [{"params": decayed}, {"params": vectors, "weight_decay": 0.0}]
     # GPT-3's betas; the loop sets the learning rate
     adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
-    if name == "adamw":
+    if optimizer == "adamw":
         return [adamw]
-    # each block has four matrices: group the first ones of all blocks, the second ones, ...
-    groups = [{"params": matrices[i::4]} for i in range(4)]
-    return [adamw, Muon(groups, weight_decay)]
+    return [adamw, Muon(matrices, weight_decay)]
 
 def get_lr(step, max_lr, min_lr, warmup_steps, max_steps):
     """A linear warmup, since large first steps diverge, then a cosine down to min_lr."""
