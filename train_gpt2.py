@@ -437,12 +437,12 @@ def get_lr(step, max_lr, min_lr, warmup_steps, max_steps):
 ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 def mean_over_ranks(values, device):
-    """The mean over all processes of a number, or of each number in a list."""
+    """A list of numbers -> the mean of each over all processes."""
     if not dist.is_initialized():
         return values
     total = torch.tensor(values, device=device)
     dist.all_reduce(total)  # now the sum over all processes
-    return (total.double() / dist.get_world_size()).tolist()
+    return [value / dist.get_world_size() for value in total.tolist()]
 
 @torch.no_grad()
 def evaluate(model, loader, n_batches):
@@ -453,7 +453,7 @@ def evaluate(model, loader, n_batches):
         x, y = loader.batch(n)
         losses.append(model(x, y).item())
     model.train()
-    return mean_over_ranks(sum(losses) / n_batches, loader.device)
+    return mean_over_ranks([sum(losses) / n_batches], loader.device)[0]
 
 def sample(model, tokenizer, prompt, n_samples, seed):
     """Returns texts that begin with the prompt; see sample_tokens, temperature and top_k."""
@@ -703,7 +703,7 @@ if __name__ == "__main__":
             sys.exit(f"--init_from={init_from}: no GPT-2 in such a folder or on the hub: {reason}")
     if T > raw_model.config.block_size:
         sys.exit(f"--T={T}: use --T={raw_model.config.block_size}, which is the model's context")
-    if mean_over_ranks(start_step, device) != start_step:
+    if mean_over_ranks([start_step], device) != [start_step]:
         sys.exit(f"rank {rank} found another checkpoint than others: do all see {log_dir}?")
 
     raw_model.to(device)
