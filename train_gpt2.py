@@ -583,22 +583,14 @@ def default_dtype(device):
     native = device == "cpu" and torch.cpu._is_avx512_bf16_supported()
     return "bfloat16" if native else "float32"
 
-def setup_distributed(device, timeout):
-    """Connects the processes that torchrun has started, so that they can average tensors.
-    It is init_process_group, and a fix for torchrun's restarts on a single machine."""
-    # the processes exchange addresses in a store of torchrun's, which still has the old ones
-    # after a restart. With a prefix, each attempt uses other keys. See pytorch#135712
-    store, rank, world_size = next(dist.rendezvous("env://"))
+def torchrun_store():
+    """Where the processes that torchrun starts find each other's addresses. A restart on one
+    machine would find the old ones, so each attempt has its own prefix (pytorch#135712)."""
+    store, _, _ = next(dist.rendezvous("env://"))
     if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(attempt, store)
-
-    gpu = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else None
-    dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=rank,
-                            world_size=world_size, timeout=timedelta(seconds=timeout),
-                            device_id=gpu)
-    # gloo's threads can crash Python's exit if still at work (pytorch#190489): wait for them
-    atexit.register(time.sleep, 0.2)
+    return store
 
 def fit_batch(B, T, total_batch_size, world_size):
     """The largest B, up to the one asked for, that divides a process's share of a step."""
@@ -638,7 +630,12 @@ if __name__ == "__main__":
         torch.cuda.set_device(local_rank)
         torch.set_float32_matmul_precision("high")  # TF32 for what remains in float32
     if ddp:
-        setup_distributed(device, timeout)
+        # connect the processes, so that they can average gradients
+        backend = "nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, store=torchrun_store(), rank=rank,
+                                world_size=world_size, timeout=timedelta(seconds=timeout))
+        # gloo's threads can crash Python's exit (pytorch#190489): leave them time to finish
+        atexit.register(time.sleep, 0.2)
 
     # precision: products in 16 bits where the device is fast at them
     if dtype == "auto":
@@ -867,5 +864,5 @@ if __name__ == "__main__":
         done = f"done: {step} steps, {tokens:,} tokens, {minutes:.1f} minutes"
         print(done, *results, log_dir, sep=", ")
     if ddp:
-        dist.barrier()  # rank 0 may still be saving
+        mean_over_ranks([0], device)  # wait for all: rank 0 may still be saving
         dist.destroy_process_group()
