@@ -597,7 +597,10 @@ def fit_batch(B, T, total_batch_size, world_size):
     share, rest = divmod(total_batch_size, T * world_size)
     if share == 0 or rest != 0:
         sys.exit(f"{total_batch_size=} is no multiple of T * processes = {T * world_size}")
-    return max(b for b in range(1, min(B, share) + 1) if share % b == 0)
+    largest = max(b for b in range(1, min(B, share) + 1) if share % b == 0)
+    if largest < B:
+        print(f"lowered --B={B} to {largest}, which divides a step")
+    return largest
 
 stop_signals = []  # when they came
 def on_stop_signal(number, frame):
@@ -665,7 +668,6 @@ if __name__ == "__main__":
         val_loader = TokenLoader(shards, B, T, rank, world_size, device)
         # whole steps, so that any number of processes evaluates on the same tokens
         val_steps = max(1, min(val_steps, val_loader.n_windows // windows_per_step))
-        val_batches = val_steps * grad_accum_steps  # of each rank
 
     # log_dir: nothing in it changes before all ranks are ready
     log_dir = os.path.normpath(log_dir)
@@ -705,7 +707,6 @@ if __name__ == "__main__":
 
     raw_model.to(device)
     optimizers = make_optimizers(raw_model, optimizer, weight_decay)
-    max_norm = grad_clip if grad_clip > 0 else math.inf
     if checkpoint is not None:
         for opt, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
             # only the state; settings like the weight decay come from this launch
@@ -723,9 +724,8 @@ if __name__ == "__main__":
     c = raw_model.config
     flops_per_token = 6 * (n_params - c.block_size * c.n_embd) + 12 * c.n_layer * c.n_embd * T
     peak = get_peak_flops(device_name) if dtype != "float32" else None
-    lowered = f", lowered from {constants['B']} to divide a step" if B < constants["B"] else ""
     print(f"{n_params:,} parameters, {grad_accum_steps} micro-steps of {B} x {T} tokens "
-          f"(for less memory, lower --B={B}{lowered})")
+          f"(for less memory, lower --B={B})")
 
     # log.jsonl: the constants, then a line for each event
     if writes_files:
@@ -781,7 +781,7 @@ if __name__ == "__main__":
         # once in a while: the loss on the validation set
         if due(val_every):
             with autocast:
-                val_loss = evaluate(model, val_loader, val_batches)
+                val_loss = evaluate(model, val_loader, val_steps * grad_accum_steps)
             log(f"val loss {val_loss:.4f}", val_loss=val_loss)
             results["val loss"] = val_loss
 
@@ -824,7 +824,7 @@ if __name__ == "__main__":
         # clip the gradients, so that a bad batch does not move the weights far
         for opt in optimizers:
             scaler.unscale_(opt)
-        norm = nn.utils.clip_grad_norm_(raw_model.parameters(), max_norm).item()
+        norm = nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf).item()
 
         # all ranks must agree on the loss, and on whether to stop
         train_loss, signals = mean_over_ranks([loss_accum.item(), len(stop_signals)], device)
@@ -844,10 +844,12 @@ if __name__ == "__main__":
         dt = time.perf_counter() - t0
         if due(log_every):
             tokens_per_sec = total_batch_size / dt
-            mfu = flops_per_token * tokens_per_sec / (world_size * peak) if peak else None
-            log(f"loss {train_loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | {1000 * dt:.0f} ms | "
-                f"{tokens_per_sec:,.0f} tokens/s" + (f" | mfu {mfu:.1%}" if mfu else ""),
-                train_loss=train_loss, lr=lr, grad_norm=norm, dt=dt,
+            mfu = tokens_per_sec * flops_per_token / (world_size * peak) if peak else None
+            line = (f"loss {train_loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | "
+                    f"{1000 * dt:.0f} ms | {tokens_per_sec:,.0f} tokens/s")
+            if mfu is not None:
+                line += f" | mfu {mfu:.1%}"
+            log(line, train_loss=train_loss, lr=lr, grad_norm=norm, dt=dt,
                 tokens_per_sec=tokens_per_sec, mfu=mfu)
 
     if stopping:
