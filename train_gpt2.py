@@ -515,10 +515,12 @@ def save_checkpoint(log_dir, checkpoint, keep, final):
             raise
         print(f"warning: {path} can't be saved, is the disk full? {error}")
         return
+    # of the checkpoints up to this one, keep the newest and every 5000th step
     paths = checkpoint_paths(log_dir)
-    so_far = [s for s in paths if s <= checkpoint["step"] and s % 5000 != 0]
-    for old in so_far[:-keep]:  # none if keep is 0
-        os.remove(paths[old])
+    steps = [s for s in paths if s <= checkpoint["step"] and s % 5000 != 0]
+    if keep > 0:
+        for step in steps[:-keep]:
+            os.remove(paths[step])
 
 def load_checkpoint(log_dir):
     """The newest checkpoint that is not damaged, or None if there is none."""
