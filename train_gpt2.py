@@ -621,7 +621,7 @@ if __name__ == "__main__":
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     ddp = world_size > 1
     master_process = rank == 0  # it prints, logs and saves
-    if not master_process:
+    if not master_process:  # remove this to see what the other processes print
         sys.stdout = open(os.devnull, "w")
 
     if device == "cuda":
@@ -764,7 +764,7 @@ if __name__ == "__main__":
     stopping = False
     results = {}  # for the last line that is printed
     t_start = time.perf_counter()
-    # `step` updates are done here; the last round of the loop only saves and evaluates
+    # at this point, the run has made `step` updates; the last round only saves and evaluates
     for step in range(start_step, max_steps + 1):
         last_step = step == max_steps
 
@@ -822,14 +822,15 @@ if __name__ == "__main__":
 
         # clip the gradients, so that a bad batch does not move the weights far
         for opt in optimizers:
-            scaler.unscale_(opt)
+            scaler.unscale_(opt)  # in float16, they are scaled like the loss
         norm = nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf).item()
 
-        # all ranks must agree on the loss, and on whether to stop
+        # the mean loss of all ranks; if one of them got a signal, all stop
         train_loss, signals = mean_over_ranks([loss_accum.item(), len(stop_signals)], device)
         stopping = signals > 0
 
-        # stop before a bad update. In float16 only skip it: the scaler then halves its scale
+        # infinities would ruin the weights. In float16, the scale was too large: skip the
+        # update, and the scaler halves its scale. In other dtypes the scale is 1: exit
         finite = math.isfinite(train_loss + norm)
         if not finite and scaler.get_scale() <= 1:
             sys.exit(f"step {step}: loss {train_loss}, gradient norm {norm}; lower --max_lr")
