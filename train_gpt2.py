@@ -315,8 +315,11 @@ class TokenLoader:
         self.B, self.T = B, T
         self.rank, self.world_size = rank, world_size
         self.device, self.seed = device, seed
-        self.counts = [max(0, len(tokens) - 1) // T for _, tokens in shards]  # windows in each
-        self.n_windows = sum(self.counts)
+        # for each window, its shard and where it starts in there
+        starts = [np.arange(0, len(tokens) - T, T) for _, tokens in shards]
+        self.starts = np.concatenate(starts)
+        self.shard_of = np.repeat(np.arange(len(shards)), [len(s) for s in starts])
+        self.n_windows = len(self.starts)
         if self.n_windows == 0:
             sys.exit(f"{shards[0][0]} is too short: a window takes T + 1 = {T + 1} tokens")
         self.start_epoch(0)
@@ -324,7 +327,7 @@ class TokenLoader:
     def start_epoch(self, epoch):
         """Shuffles the windows, and moves all of them, so that each epoch cuts elsewhere."""
         self.epoch = epoch
-        self.offset = 101 * epoch % self.T  # another one in each epoch, since 101 is prime
+        self.offset = 101 * epoch % self.T  # 101 is prime, so offsets repeat only after T epochs
         self.order = np.arange(self.n_windows)
         if self.seed is not None:  # for validation, the order stays
             np.random.default_rng([self.seed, epoch]).shuffle(self.order)
@@ -335,15 +338,9 @@ class TokenLoader:
         if epoch != self.epoch:
             self.start_epoch(epoch)
         window = self.order[place]
-        # windows are numbered through all shards: find the one that holds it
-        shard = 0
-        while window >= self.counts[shard]:
-            window -= self.counts[shard]
-            shard += 1
-        name, tokens = self.shards[shard]
-
+        name, tokens = self.shards[self.shard_of[window]]
         # the last window of a shard has less room to move
-        start = min(window * self.T + self.offset, len(tokens) - self.T - 1)
+        start = min(self.starts[window] + self.offset, len(tokens) - self.T - 1)
         ids = tokens[start:start + self.T + 1]
         if ids.max() >= GPTConfig.vocab_size:
             sys.exit(f"{name}: {ids.max()} at offset {start + ids.argmax()} is no GPT-2 token")

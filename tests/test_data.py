@@ -87,7 +87,7 @@ def test_targets_are_the_inputs_one_place_on(shards):
 
 def test_npy_and_bin_alike(shards):
     a, b = (loader(folder, "train", 32, seed=7) for folder in shards)
-    assert a.n_windows == b.n_windows and a.counts == b.counts
+    assert a.starts.tolist() == b.starts.tolist()
     for i in range(a.n_windows):
         assert (a.window(i) == b.window(i)).all()
 
