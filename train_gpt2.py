@@ -826,15 +826,15 @@ if __name__ == "__main__":
         train_loss, signals = mean_over_ranks([loss_accum.item(), len(stop_signals)], device)
         stopping = signals > 0
 
-        # infinities would ruin the weights. In float16, the scale was too large: skip the
-        # update, and the scaler halves its scale. In other dtypes the scale is 1: exit
+        # infinities would ruin the weights: stop. In float16 the scale may have been too large:
+        # skip this update, and the scaler halves its scale. Other dtypes have the scale 1
         finite = math.isfinite(train_loss + norm)
         if not finite and scaler.get_scale() <= 1:
             sys.exit(f"step {step}: loss {train_loss}, gradient norm {norm}; lower --max_lr")
         if finite:
             with autocast:  # for the matrix products of Muon
                 for opt in optimizers:
-                    opt.step()
+                    scaler.step(opt)
         scaler.update()
         raw_model.zero_grad()
 
