@@ -67,6 +67,7 @@ min_lr = 6e-5              # at the last step
 warmup_steps = 715         # 375M tokens
 max_steps = 19073          # 10B tokens, one epoch; with 0 it evaluates, samples and exits
 weight_decay = 0.1         # of matrices and embeddings, not of biases and LayerNorms
+momentum = 0.95            # of Muon's averaged gradients: 95% old, 5% new
 grad_clip = 1.0            # gradients with a larger norm are scaled down to it; 0 for never
 
 # how often, in steps; 0 for never
@@ -94,8 +95,8 @@ wandb_project = "gpt2"
 # for a text file, these replace the values above: a small GPT, 3 minutes on 2 cores
 small_gpt = dict(encoding="bytes", log_dir="log/baby", n_layer=4, n_head=4, n_embd=128, T=64,
     B=32, total_batch_size=2048, optimizer="muon", max_lr=8e-3, min_lr=5e-4, warmup_steps=50,
-    max_steps=1100, log_every=20, val_every=550, val_steps=100, sample_every=550,
-    save_every=550, prompt="\n", sample_tokens=256)
+    max_steps=1000, momentum=0.9, log_every=20, val_every=500, val_steps=100,
+    sample_every=500, save_every=500, prompt="\n", sample_tokens=256)
 # and these for a text file with somebody's GPT-2: a short fine-tuning
 fine_tuning = dict(log_dir="log/finetuned", dropout=0.1, total_batch_size=16384, B=4,
     max_lr=3e-5, min_lr=3e-6, warmup_steps=10, max_steps=100, val_every=25, hella_every=0,
@@ -371,7 +372,7 @@ def orthogonalize(m):
 class Muon(torch.optim.Optimizer):
     """Moves each matrix along its averaged gradient, made orthogonal. So it learns rare
     directions as fast as common ones (Jordan 2024, kellerjordan.github.io/posts/muon)."""
-    def __init__(self, matrices, weight_decay, momentum=0.95):
+    def __init__(self, matrices, weight_decay, momentum):
         # one parameter group for each shape, so that step() can stack its matrices
         shapes = dict.fromkeys(p.shape for p in matrices)
         groups = [{"params": [p for p in matrices if p.shape == shape]} for shape in shapes]
@@ -400,7 +401,7 @@ class Muon(torch.optim.Optimizer):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.sub_(direction, alpha=group["lr"])
 
-def make_optimizers(model, optimizer, weight_decay):
+def make_optimizers(model, optimizer, weight_decay, momentum=0.95):
     """AdamW for everything, or Muon for the matrices in the blocks, AdamW for the rest."""
     vectors, embeddings, matrices = [], [], []
     for name, p in model.named_parameters():
@@ -416,7 +417,7 @@ def make_optimizers(model, optimizer, weight_decay):
     adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
     if optimizer == "adamw":
         return [adamw]
-    return [adamw, Muon(matrices, weight_decay)]
+    return [adamw, Muon(matrices, weight_decay, momentum)]
 
 def get_lr(step, max_lr, min_lr, warmup_steps, max_steps):
     """A linear warmup, since large first steps diverge, then a cosine down to min_lr."""
@@ -702,7 +703,7 @@ if __name__ == "__main__":
         sys.exit(f"rank {rank} found another checkpoint than others: do all see {log_dir}?")
 
     raw_model.to(device)
-    optimizers = make_optimizers(raw_model, optimizer, weight_decay)
+    optimizers = make_optimizers(raw_model, optimizer, weight_decay, momentum)
     if checkpoint is not None:
         for opt, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
             # only the state; settings like the weight decay come from this launch
