@@ -43,19 +43,19 @@ def test_random_damage(tmp_path):
 
 
 def test_torchrun_restarts_where_a_rank_was_killed(text, tmp_path):
-    """A rank is killed twice, at random moments. Even the first start has --init_from=resume."""
+    """A rank is killed three times. Even the first start has --init_from=resume."""
     flags = [f"--data={text}", *RUN, "--max_steps=300", "--init_from=resume"]
     undisturbed = fork_ranks(2, *flags, f"--log_dir={tmp_path}/a")
     log_dir, chance = tmp_path / "b", random.Random(0)
-    restarts = ["--standalone", "--max-restarts=2"]
+    restarts = ["--standalone", "--max-restarts=3"]
     process = start(*flags, f"--log_dir={log_dir}", processes=2, torchrun=restarts)
-    for step in (20, 150):
+    for step in (20, 90, 170):
         wait_for(lambda step=step: (log_dir / f"ckpt_{step:06d}.pt").exists(), process)
         time.sleep(chance.uniform(0, 0.3))
         os.kill(chance.choice(ranks_of(log_dir)), signal.SIGKILL)
     result = finish(process)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("resuming") == 2
+    assert result.stdout.count("resuming") == 3
     assert [finish(rank).returncode for rank in undisturbed] == [0, 0]
     assert_same_state(tmp_path / "a" / "ckpt_000300.pt", log_dir / "ckpt_000300.pt")
     assert list(series(log_dir, "train_loss")) == list(range(300))
