@@ -459,6 +459,8 @@ def sample(model, tokenizer, prompt, n_samples, seed):
     idx = model.generate(idx, sample_tokens, temperature, top_k)
     model.train()
     texts = [tokenizer.decode(tokens) for tokens in idx[:, len(start):].tolist()]
+    # a random model of bytes writes control characters, which would upset a terminal
+    texts = [re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "?", text) for text in texts]
     return [prompt + text.partition("<|endoftext|>")[0] for text in texts]
 
 # log and checkpoints ---------------------------------------------------------

@@ -51,6 +51,8 @@ def test_log(straight):
     samples = [event for event in log_of(log_dir) if "sample" in event]
     assert [event["step"] for event in samples] == [0, 0, 12, 12]
     assert all(event["sample"] in stdout for event in samples)
+    control = re.compile(r"[^\t\n -~\xa0-\U0010ffff]")  # a random model writes all bytes
+    assert not any(control.search(event["sample"]) for event in samples)
     assert log_of(log_dir)[-1]["step"] == 12
 
 
