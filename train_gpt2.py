@@ -303,7 +303,7 @@ def load_split(data, split, encoding):
         tokens = tokens[:n_train] if split == "train" else tokens[n_train:]
         shards.append((os.path.basename(data), tokens))
     if not shards:
-        sys.exit(f"--data={data}: no such text, nor {split} shards; fineweb.py makes shards")
+        sys.exit(f"--data={data}: no text, and no folder with {split} shards; see fineweb.py")
     return shards
 
 class TokenLoader:
@@ -598,7 +598,7 @@ def fit_batch(B, T, total_batch_size, world_size):
         sys.exit(f"{total_batch_size=} is no multiple of T * processes = {T * world_size}")
     largest = max(b for b in range(1, min(B, share) + 1) if share % b == 0)
     if largest < B:
-        print(f"lowered --B={B} to {largest}, which divides a step")
+        print(f"lowered --B={B} to {largest}: a step has {share} sequences for each process")
     return largest
 
 stop_signals = []  # when they came
@@ -613,7 +613,7 @@ if __name__ == "__main__":
     constants = constants_of_launch(sys.argv[1:])
     globals().update(constants)
     if min(B, T, n_head, n_embd, val_steps) == 0 or n_embd % n_head != 0:
-        sys.exit(f"need {B=}, {T=}, {n_head=}, {val_steps=} > 0, {n_embd=} a multiple of n_head")
+        sys.exit(f"{B=}, {T=}, {n_head=}, {val_steps=} must be > 0, {n_embd=} a multiple of n_head")
 
     # torchrun starts a process for each GPU and numbers them; plain python is rank 0 of 1
     rank = int(os.environ.get("RANK", 0))
@@ -660,7 +660,7 @@ if __name__ == "__main__":
         lengths = [(name, len(tokens)) for name, tokens in shards]
         config["data_checksum"] = zlib.crc32(repr(lengths).encode())
         if train_loader.n_windows < windows_per_step:
-            sys.exit(f"{data}: {train_loader.n_windows} windows, but a step takes "
+            sys.exit(f"{data}: {train_loader.n_windows} windows of {T} tokens, but a step takes "
                      f"{windows_per_step}; lower --total_batch_size")
     if val_every > 0:
         shards = load_split(data, "val", encoding)
