@@ -43,7 +43,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import hellaswag
 
 # constants -------------------------------------------------------------------
-# a folder of token shards (see fineweb.py), or a text file (see small_gpt below)
+# a folder of token shards (see fineweb.py), or a text file: then small_gpt below applies
 data = "edu_fineweb10B" if os.path.isdir("edu_fineweb10B") else "input.txt"
 encoding = "gpt2"          # for a text file: gpt2 or bytes; shards hold GPT-2's tokens
 log_dir = "log/gpt2"       # folder of the run; an older run in it is moved aside
@@ -92,7 +92,7 @@ timeout = 600              # seconds to wait for another process before giving u
 wandb_log = False
 wandb_project = "gpt2"
 
-# for a text file, these replace the values above: a small GPT, 3 minutes on 2 cores
+# for a text file, these replace the values above, so edit them here: a small GPT, 3 minutes
 small_gpt = dict(encoding="bytes", log_dir="log/baby", n_layer=4, n_head=4, n_embd=128, T=64,
     B=32, total_batch_size=2048, optimizer="muon", max_lr=8e-3, min_lr=5e-4, warmup_steps=50,
     max_steps=1000, momentum=0.9, log_every=20, val_every=500, val_steps=100,
@@ -364,7 +364,7 @@ def orthogonalize(m):
     x = m / (m.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(5):
         gram = x @ x.mT
-        # baddbmm(a, b, c) is beta * a + alpha * b @ c, for each matrix
+        # x = 3.4445 x + (-4.7750 gram + 2.0315 gram gram) x; baddbmm is beta a + alpha b c
         polynomial = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
         x = torch.baddbmm(x, polynomial, x, beta=3.4445)
     return x
@@ -830,7 +830,7 @@ if __name__ == "__main__":
         stopping = signals > 0
 
         # infinities would ruin the weights: stop. In float16 the scale may have been too large:
-        # skip this update, and the scaler halves its scale. Other dtypes have the scale 1
+        # skip the update, update() halves the scale, and stop once it is down to 1
         finite = math.isfinite(train_loss + norm)
         if not finite and scaler.get_scale() <= 1:
             sys.exit(f"step {step}: loss {train_loss}, gradient norm {norm}; lower --max_lr")
