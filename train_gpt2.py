@@ -829,8 +829,8 @@ if __name__ == "__main__":
         train_loss, signals = mean_over_ranks([loss_accum.item(), len(stop_signals)], device)
         stopping = signals > 0
 
-        # infinities would ruin the weights: stop. In float16 the scale may have been too large:
-        # skip the update, update() halves the scale, and stop once it is down to 1
+        # infinities would ruin the weights: stop. But float16 has a scale above 1, which may
+        # have been too large: skip the update, and update() halves the scale
         finite = math.isfinite(train_loss + norm)
         if not finite and scaler.get_scale() <= 1:
             sys.exit(f"step {step}: loss {train_loss}, gradient norm {norm}; lower --max_lr")
