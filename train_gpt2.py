@@ -13,6 +13,7 @@ Ctrl-C saves and exits; --init_from=resume continues, on any number of GPUs.
 """
 import atexit
 import difflib
+import functools
 import glob
 import json
 import math
@@ -263,6 +264,7 @@ def get_tokenizer(encoding):
     single = {bytes([i]): i for i in range(256)}
     return tiktoken.Encoding("", pat_str="(?s:.)", mergeable_ranks=single, special_tokens={})
 
+@functools.cache  # train and val are parts of one text
 def read_text(path, encoding):
     """The tokens of a text file."""
     if encoding == "bytes":
