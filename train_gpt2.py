@@ -735,7 +735,6 @@ if __name__ == "__main__":
         log_file = open(f"{log_dir}/log.jsonl", "a", buffering=1)
         # a resumed run repeats the steps after its checkpoint, so it drops their lines
         log_file.truncate(min(log_size, os.path.getsize(log_file.name)))
-        log_file.seek(0, os.SEEK_END)
         if log_size == 0:
             log_file.write(json.dumps({"constants": config, "torch": torch.__version__}) + "\n")
 
@@ -774,7 +773,7 @@ if __name__ == "__main__":
         if writes_files and step > start_step and (stopping or due(save_every)):
             checkpoint = dict(model=raw_model.state_dict(), step=step, config=config,
                               optimizers=[opt.state_dict() for opt in optimizers],
-                              scaler=scaler.state_dict(), log_size=log_file.tell())
+                              scaler=scaler.state_dict(), log_size=os.path.getsize(log_file.name))
             save_checkpoint(log_dir, checkpoint, keep, final=stopping or last_step)
         if stopping:
             break
