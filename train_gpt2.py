@@ -403,7 +403,7 @@ class Muon(torch.optim.Optimizer):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.sub_(direction, alpha=group["lr"])
 
-def make_optimizers(model, optimizer, weight_decay, momentum=0.95):
+def make_optimizers(model, optimizer, weight_decay, momentum=momentum):
     """AdamW for everything, or Muon for the matrices in the blocks, AdamW for the rest."""
     vectors, embeddings, matrices = [], [], []
     for name, p in model.named_parameters():
@@ -589,8 +589,7 @@ def torchrun_store():
     machine would find the old ones, so each attempt has its own prefix (pytorch#135712)."""
     store, _, _ = next(dist.rendezvous("env://"))
     if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = dist.PrefixStore(attempt, store)
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     return store
 
 def fit_batch(B, T, total_batch_size, world_size):

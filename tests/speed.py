@@ -131,7 +131,7 @@ class Script:
         if math.isfinite(norm):
             with self.autocast:
                 for opt in self.optimizers:
-                    opt.step()
+                    self.scaler.step(opt)
         self.scaler.update()
         self.model.zero_grad(set_to_none=True)
 
