@@ -96,11 +96,16 @@ def batches(examples, batch_tokens):
         yield examples[i:i + n]
         i += n
 
+def context_length(model):
+    """How many tokens our GPT, or transformers' GPT2LMHeadModel, can see."""
+    config = model.config
+    return config.block_size if hasattr(config, "block_size") else config.n_positions
+
 @torch.no_grad()
 def ending_losses(model, batch):
     """Returns the losses of n examples' endings: sums and means over tokens, each (n, 4)."""
     # rows that are too long keep their right end. + 1: the last token is only a target
-    limit = model.transformer.wpe.num_embeddings + 1
+    limit = context_length(model) + 1
     rows = []
     masks = []
     for example in batch:
@@ -114,31 +119,33 @@ def ending_losses(model, batch):
     tokens = pad_sequence(rows, batch_first=True).to(device)
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     mask = pad_sequence(masks, batch_first=True)[:, 1:].to(device)
+    # logits for the endings only: a third of the memory
     if hasattr(model, "hidden"):
-        hidden = model.hidden(inputs)
+        logits = model.logits(model.hidden(inputs)[mask])
     else:
         hidden = model.transformer(inputs, use_cache=False).last_hidden_state
-
-    # logits for the endings only: a third of the memory; without the vocabulary's padding
-    logits = model.lm_head(hidden[mask])[:, :50257]
+        logits = model.lm_head(hidden[mask])
     losses = torch.zeros(mask.shape, device=device)
     losses[mask] = F.cross_entropy(logits.float(), targets[mask], reduction="none")
     sums = losses.sum(1).view(-1, 4)
     means = sums / mask.sum(1).view(-1, 4)
     return sums.cpu(), means.cpu()
 
-def evaluate(model, examples, batch_tokens=16384, progress=False):
+def evaluate(model, examples, batch_tokens=16384, should_stop=lambda: False, progress=False):
     """Scores our GPT or transformers' GPT2LMHeadModel; the ranks share the examples.
-    "cut" counts rows too long for the model. If a loss is not finite, all ranks exit."""
+    "cut" counts rows too long for the model. If a loss is not finite, all ranks exit. If a
+    rank is asked to stop, all of them return None."""
     if dist.is_initialized():
         examples = examples[dist.get_rank()::dist.get_world_size()]
-    limit = model.transformer.wpe.num_embeddings + 1
+    limit = context_length(model) + 1
     cut = sum(len(row) > limit for example in examples for row in example.rows)
 
     was_training = model.training
     model.eval()
     correct = correct_norm = not_finite = 0
-    for batch in tqdm(list(batches(examples, batch_tokens)), disable=not progress):
+    for batch in tqdm(list(batches(examples, batch_tokens)), "HellaSwag", disable=not progress):
+        if should_stop():
+            break
         sums, means = ending_losses(model, batch)
         labels = torch.tensor([example.label for example in batch])
         correct += (sums.argmin(1) == labels).sum().item()
@@ -146,11 +153,14 @@ def evaluate(model, examples, batch_tokens=16384, progress=False):
         not_finite += not sums.isfinite().all()
     model.train(was_training)
 
-    counts = torch.tensor([correct, correct_norm, len(examples), cut, not_finite])
+    counts = [correct, correct_norm, len(examples), cut, not_finite, should_stop()]
+    counts = torch.tensor(counts, dtype=torch.long)
     counts = counts.to(model.lm_head.weight.device)
     if dist.is_initialized():
         dist.all_reduce(counts)
-    correct, correct_norm, total, cut, not_finite = counts.tolist()
+    correct, correct_norm, total, cut, not_finite, stopped = counts.tolist()
+    if stopped:
+        return None
     if not_finite:
         sys.exit("HellaSwag: losses are not finite; the model has diverged or is damaged")
     return {"acc": correct / total, "acc_norm": correct_norm / total, "correct": correct,

@@ -1,17 +1,21 @@
-"""Trains GPT-2 from scratch: constants, model, data, optimizers, evaluation, checkpoints, run.
+"""Trains GPT-2 (124M) from scratch, or a small GPT, on one CPU or on any number of GPUs.
 
-On a laptop it trains a small GPT on the bytes of input.txt (Shakespeare) in three minutes.
-With shards of tokens in edu_fineweb10B/, which fineweb.py makes, it trains GPT-2 (124M):
-    python train_gpt2.py
+A launch has a recipe, which says what to train on what:
+    python train_gpt2.py baby                            a small GPT on Shakespeare, in minutes
+    python train_gpt2.py gpt2                            GPT-2 on FineWeb-Edu (see fineweb.py)
+    python train_gpt2.py finetune --data=my.txt          OpenAI's GPT-2, trained on your text
+    python train_gpt2.py sample --init_from=log/baby     texts from what you have trained
 On eight GPUs, and on two nodes of eight (the second with --node_rank=1):
-    torchrun --standalone --nproc_per_node=8 train_gpt2.py
-    torchrun --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --nproc_per_node=8 train_gpt2.py
+    torchrun --standalone --nproc_per_node=8 train_gpt2.py gpt2
+    torchrun --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --nproc_per_node=8 train_gpt2.py gpt2
 
-Each constant can be set for one launch: --B=16 --max_lr=1e-3. --help lists them all.
-The results go to log_dir: log.jsonl, checkpoints and hf/, a folder that transformers reads.
-Ctrl-C saves and exits; --init_from=resume continues, on any number of GPUs.
+The constants below can be edited here, or set for one launch: --B=16 --max_lr=1e-3.
+The results go to log_dir: log.jsonl, checkpoints, and hf/, a folder that transformers reads.
+Ctrl-C saves and exits. --init_from=resume continues, on any number of GPUs.
 """
-import atexit
+import argparse
+import ast
+import contextlib
 import difflib
 import functools
 import glob
@@ -19,17 +23,15 @@ import json
 import math
 import os
 import re
+import secrets
 import signal
 import sys
 import time
 import zipfile
-import zlib
 from dataclasses import dataclass
 from datetime import timedelta
 
-# torch reads these on import: GPU memory in segments that grow, large pages on a CPU
-os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages on a CPU; torch reads it now
 
 import numpy as np
 import tiktoken
@@ -43,91 +45,100 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import hellaswag
 
-# constants -------------------------------------------------------------------
-# a folder of token shards (see fineweb.py), or a text file: then small_gpt below applies
-data = "edu_fineweb10B" if os.path.isdir("edu_fineweb10B") else "input.txt"
-encoding = "gpt2"          # for a text file: gpt2 or bytes; shards hold GPT-2's tokens
-log_dir = "log/gpt2"       # folder of the run; an older run in it is moved aside
-init_from = "scratch"      # or resume, or somebody's weights: gpt2 ... gpt2-xl, or a folder
-seed = 1337                # for the initial weights, data order, dropout, samples
+# -----------------------------------------------------------------------------
+# constants: GPT-2 (124M). Recipes, below, replace some of them; flags replace both
 
-# model: GPT-2 (124M). Medium is 24, 16, 1024; large 36, 20, 1280; xl 48, 25, 1600
-n_layer = 12
-n_head = 12
-n_embd = 768
-dropout = 0.0              # helps only where the same data is seen many times
+data = "edu_fineweb10B"  # a folder of token shards (see fineweb.py), or a text file
+encoding = "gpt2"  # of a text: gpt2 or bytes. Shards always hold GPT-2's tokens
+log_dir = "log/gpt2"  # folder of the run; an older run in it is moved aside
+init_from = "scratch"  # or resume, or weights: gpt2 ... gpt2-xl, folder of a run or of a model
+seed = 1337  # for the initial weights, the order of the data, dropout, samples
 
-total_batch_size = 524288  # tokens in an optimizer step, over all GPUs: 2**19, about 0.5M
-B = 64                     # sequences in a forward pass: 64 fit in 80 GB, 16 in 24 GB
-T = 1024                   # tokens in a sequence
+# the model. Medium is 24, 16, 1024; large 36, 20, 1280; xl 48, 25, 1600
+n_layer = 12  # blocks
+n_head = 12  # attention heads in each block
+n_embd = 768  # channels: 64 for each head
+dropout = 0.0  # share of activations that are dropped; helps if data is seen many times
 
-# optimizer: GPT-3's recipe for a model of this size
-optimizer = "adamw"        # or muon, for the matrices in the blocks
-max_lr = 6e-4              # reached at the end of the warmup
-min_lr = 6e-5              # at the last step
-warmup_steps = 715         # 375M tokens
-max_steps = 19073          # 10B tokens, one epoch; with 0 it evaluates, samples and exits
-weight_decay = 0.1         # of matrices and embeddings, not of biases and LayerNorms
-momentum = 0.95            # of Muon's averaged gradients: 95% old, 5% new
-grad_clip = 1.0            # gradients with a larger norm are scaled down to it; 0 for never
+total_batch_size = 524288  # tokens in an optimizer step, over all GPUs; 2**19 is about 0.5M
+B = 64  # most sequences in a forward pass: lower it to save memory, nothing else changes
+T = 1024  # tokens in a sequence
+
+# the optimizer: GPT-3's settings for a model of this size
+optimizer = "adamw"  # adamw, or muon for the matrices in the blocks
+max_lr = 6e-4  # learning rate, reached at the end of the warmup
+min_lr = 6e-5  # learning rate at the last step
+warmup_steps = 715  # steps to reach it: 375M tokens here
+max_steps = 19073  # 10B tokens here, one epoch; with 0 it evaluates, samples and exits
+weight_decay = 0.1  # of matrices and embeddings, not of biases and LayerNorms
+beta1 = 0.9  # of AdamW's average of gradients: 90% old, 10% new
+beta2 = 0.95  # of AdamW's average of squared gradients
+momentum = 0.95  # of Muon's average of gradients
+grad_clip = 1.0  # gradients with a larger norm are scaled down to it; 0 for never
 
 # how often, in steps; 0 for never
-log_every = 1
-val_every = 250
-val_steps = 20             # evaluate on 20 * total_batch_size tokens, always the same ones
-hella_every = 500          # HellaSwag
-sample_every = 500
-save_every = 1000
-keep = 3                   # newest checkpoints to keep, plus every 5000th step; 0 keeps all
+log_every = 1  # steps from line to line in the log
+val_every = 250  # steps between evaluations on the validation set
+val_steps = 20  # evaluate on val_steps * total_batch_size tokens, always the same ones
+hella_every = 500  # steps between evaluations on HellaSwag
+sample_every = 500  # steps between samples
+save_every = 1000  # steps between checkpoints
+keep = 3  # newest checkpoints to keep, besides every 5000th step; 0 keeps all
 
-prompt = "Hello, I'm a language model,"
-n_samples = 2
-sample_tokens = 128        # tokens after the prompt
-temperature = 0.8          # below 1, likely tokens become likelier
-top_k = 50                 # sample only from the 50 likeliest tokens; 0 for all
+prompt = "Hello, I'm a language model,"  # samples begin with it
+n_samples = 2  # samples each time
+sample_tokens = 128  # tokens after the prompt
+temperature = 0.8  # below 1, likely tokens become likelier
+top_k = 50  # sample only from the 50 likeliest tokens; 0 for all
 
+# cuda, mps or cpu
 device = "cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu"
-dtype = "auto"             # bfloat16, float16 or float32; auto: the fastest native one
+dtype = "auto"  # bfloat16, float16 or float32; auto: the fastest that the device has
 compile = torch.cuda.is_available() and os.name == "posix"  # there is no Triton for Windows
-timeout = 600              # seconds to wait for another process before giving up
-wandb_log = False
+timeout = 600  # seconds to wait for another process before giving up
+wandb_log = False  # send the log to Weights & Biases
 wandb_project = "gpt2"
 
-# for a text file, these replace the values above, so edit them here: a small GPT, 3 minutes
-small_gpt = dict(encoding="bytes", log_dir="log/baby", n_layer=4, n_head=4, n_embd=128, T=64,
-    B=32, total_batch_size=2048, optimizer="muon", max_lr=8e-3, min_lr=5e-4, warmup_steps=50,
-    max_steps=1000, momentum=0.9, log_every=20, val_every=500, val_steps=100,
-    sample_every=500, save_every=500, prompt="\n", sample_tokens=256)
-# and these for a text file with somebody's GPT-2: a short fine-tuning
-fine_tuning = dict(log_dir="log/finetuned", dropout=0.1, total_batch_size=16384, B=4,
-    max_lr=3e-5, min_lr=3e-6, warmup_steps=10, max_steps=100, val_every=25, hella_every=0,
-    sample_every=50, save_every=50)
-CHOICES = {"optimizer": ("adamw", "muon"), "encoding": ("gpt2", "bytes"),
-           "dtype": ("auto", "bfloat16", "float16", "float32"), "device": ("cuda", "mps", "cpu")}
-constants = {k: v for k, v in globals().items() if k[0] != "_" and isinstance(v, (int, float, str))}
+# what each recipe replaces
+recipes = {
+    "gpt2": dict(),
+    # minutes on a laptop
+    "baby": dict(
+        data="input.txt", encoding="bytes", log_dir="log/baby", compile=False,
+        n_layer=4, n_head=4, n_embd=128, T=64, B=32, total_batch_size=2048,
+        optimizer="muon", max_lr=8e-3, min_lr=5e-4, warmup_steps=50, max_steps=1000, momentum=0.9,
+        log_every=20, val_every=500, val_steps=100, sample_every=500, save_every=500,
+        prompt="\n", sample_tokens=256),
+    # somebody's weights on a text
+    "finetune": dict(
+        data="input.txt", log_dir="log/finetuned", init_from="gpt2", dropout=0.1,
+        B=4, total_batch_size=16384, max_lr=3e-5, min_lr=3e-6, warmup_steps=10, max_steps=100,
+        val_every=25, hella_every=0, sample_every=50, save_every=50),
+    # texts only: trains and writes nothing
+    "sample": dict(init_from="gpt2", max_steps=0, val_every=0, hella_every=0),
+}
 
-# model -----------------------------------------------------------------------
+constants = {name: value for name, value in globals().items()
+             if name[0] != "_" and isinstance(value, (int, float, str, tuple, list))}
+
+# -----------------------------------------------------------------------------
+# model
+
 @dataclass
 class GPTConfig:
-    block_size: int = 1024   # tokens of context
-    vocab_size: int = 50257  # 256 bytes, 50,000 BPE merges, <|endoftext|>; more is padding
+    block_size: int = 1024  # tokens of context
+    vocab_size: int = 50257  # 256 bytes, 50,000 BPE merges, <|endoftext|>
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
     dropout: float = 0.0
-
-def causal_attention(q, k, v, dropout):
-    """softmax(q k^T / sqrt(C/H)) v, shapes (B, H, T, C/H). No position sees a later one."""
-    if q.device.type == "cpu":  # where the backward pass in 16 bits is slow
-        q, k, v = q.float(), k.float(), v.float()
-    with torch.autocast("cpu", enabled=False):  # on a GPU this changes nothing
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
 
 class CausalSelfAttention(nn.Module):
     """Lets each position gather information from itself and the positions before it.
     Each has a query (what it looks for), a key (what it can be found by) and a value (what
     it passes on). It receives the average of the values, weighted by how well the keys match
     its query. The H heads do this side by side."""
+
     def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
@@ -148,6 +159,7 @@ class CausalSelfAttention(nn.Module):
 
 class MLP(nn.Module):
     """Processes what attention has gathered, each position on its own."""
+
     def __init__(self, config):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
@@ -158,6 +170,7 @@ class MLP(nn.Module):
 
 class Block(nn.Module):
     """Attention and MLP each read the normalized residual stream and add to it."""
+
     def __init__(self, config):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd)
@@ -168,20 +181,25 @@ class Block(nn.Module):
 
     def forward(self, x):
         x = x + self.drop(self.attn(self.ln_1(x)))
-        return x + self.drop(self.mlp(self.ln_2(x)))
+        x = x + self.drop(self.mlp(self.ln_2(x)))
+        return x
 
 class GPT(nn.Module):
     """GPT-2 (Radford et al. 2019): turns the tokens so far into scores for the next one."""
+
     def __init__(self, config):
         super().__init__()
         self.config = config
+        # products of such matrices are faster if a multiple of 128 divides their size, so the
+        # vocabulary of 50257 gets 50304 rows. Nothing outside this class sees the last ones
+        n_rows = 128 * math.ceil(config.vocab_size / 128)
         self.transformer = nn.ModuleDict(dict(
-            wte=nn.Embedding(config.vocab_size, config.n_embd),
+            wte=nn.Embedding(n_rows, config.n_embd),
             wpe=nn.Embedding(config.block_size, config.n_embd),
             drop=nn.Dropout(config.dropout),
             h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
             ln_f=nn.LayerNorm(config.n_embd)))
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.n_embd, n_rows, bias=False)
         # weight tying: similar tokens should have similar embeddings, and similar scores
         self.transformer.wte.weight = self.lm_head.weight
 
@@ -205,12 +223,18 @@ class GPT(nn.Module):
             x = block(x)
         return self.transformer.ln_f(x)
 
+    def logits(self, hidden):
+        """States (..., C) -> a score for each token of the vocabulary, (..., vocab_size)."""
+        return self.lm_head(hidden)[..., :self.config.vocab_size]
+
     def forward(self, idx, targets=None):
-        """Ids (B, T) -> logits (B, T, vocab_size), or the mean loss given targets (B, T)."""
-        logits = self.lm_head(self.hidden(idx))
+        """Ids (B, T) -> logits (B, T, vocab_size), or the mean loss given targets (B, T).
+        A target of -100 has a loss of 0, which counts in the mean."""
+        logits = self.logits(self.hidden(idx))
         if targets is None:
             return logits
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
+        return loss / targets.numel()
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0):
@@ -218,8 +242,7 @@ class GPT(nn.Module):
         for _ in range(max_new_tokens):
             context = idx[:, -self.config.block_size:]
             last = self.hidden(context)[:, -1]  # (B, C): only the last position is needed
-            logits = self.lm_head(last)[:, :GPTConfig.vocab_size].float()  # without padding
-            logits = logits / max(temperature, 1e-6)
+            logits = self.logits(last).float() / max(temperature, 1e-6)
             if top_k > 0:
                 likeliest = logits.topk(min(top_k, logits.shape[1])).values
                 logits[logits < likeliest[:, -1:]] = -math.inf
@@ -228,49 +251,48 @@ class GPT(nn.Module):
             idx = torch.cat([idx, next_token], dim=1)
         return idx
 
-# Hugging Face's format -------------------------------------------------------
-def transpose_conv1d(state):
-    """OpenAI's weights are (in, out), nn.Linear's are (out, in). Converts either way."""
-    conv1d = "attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight"
-    return {name: p.t() if name.endswith(conv1d) else p for name, p in state.items()}
+def causal_attention(q, k, v, dropout):
+    """softmax(q k^T / sqrt(C/H)) v, shapes (B, H, T, C/H). No position sees a later one."""
+    dtype = q.dtype
+    if q.device.type == "cpu":  # where the backward pass is slow in 16 bits
+        q, k, v = q.float(), k.float(), v.float()
+    with torch.autocast("cpu", enabled=False):  # changes nothing on a GPU
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+    return y.to(dtype)
 
-def from_pretrained(name, dropout=0.0):
-    """Loads a GPT-2 from a folder or, by name, from the hub. Raises OSError if it can't."""
-    from transformers import GPT2LMHeadModel
-    theirs = GPT2LMHeadModel.from_pretrained(name)
-    c = theirs.config
-    model = GPT(GPTConfig(c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd, dropout))
-    model.load_state_dict(transpose_conv1d(theirs.state_dict()))
-    return model
+# -----------------------------------------------------------------------------
+# data
 
-def save_pretrained(model, folder):
-    """Writes config.json and model.safetensors, without the padding of the vocabulary."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-    c = model.config
-    shape = dict(n_positions=c.block_size, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd)
-    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=c.vocab_size, **shape))
-    theirs.load_state_dict(transpose_conv1d(model.state_dict()))
-    theirs.resize_token_embeddings(min(c.vocab_size, GPTConfig.vocab_size))
-    theirs.save_pretrained(folder)
-
-GPT.from_pretrained = staticmethod(from_pretrained)
-GPT.save_pretrained = save_pretrained
-
-# data ------------------------------------------------------------------------
 def get_tokenizer(encoding):
-    """GPT-2's tokenizer, which tiktoken downloads once, or one whose tokens are bytes."""
-    if encoding == "gpt2":
+    """GPT-2's tokenizer, which tiktoken downloads once, or one whose tokens are bytes. If the
+    download fails, it says so and returns None."""
+    if encoding == "bytes":
+        single = {bytes([i]): i for i in range(256)}
+        return tiktoken.Encoding("", pat_str="(?s:.)", mergeable_ranks=single, special_tokens={})
+    try:
         return tiktoken.get_encoding("gpt2")
-    single = {bytes([i]): i for i in range(256)}
-    return tiktoken.Encoding("", pat_str="(?s:.)", mergeable_ranks=single, special_tokens={})
+    except (OSError, ValueError) as error:
+        print(f"no samples, GPT-2's tokenizer can't be downloaded: {error!r:.200}")
 
 @functools.cache  # train and val are parts of one text
 def read_text(path, encoding):
     """The tokens of a text file."""
     if encoding == "bytes":
         return np.fromfile(path, dtype=np.uint8)
-    text = open(path, encoding="utf-8", errors="replace").read()
-    return np.array(get_tokenizer(encoding).encode_ordinary(text), dtype=np.uint16)
+    try:
+        text = open(path, encoding="utf-8").read()
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        sys.exit(f"{path}: byte {byte:#x} at {error.start} is not UTF-8; try --encoding=bytes")
+    tokenizer = get_tokenizer(encoding)
+    if tokenizer is None:
+        sys.exit(f"{path}: without the tokenizer, only --encoding=bytes can read a text")
+    try:
+        tokens = tokenizer.encode(text, allowed_special="all")
+    except ValueError:  # it gives up on a million spaces in a row: cut the text into pieces
+        pieces = [text[i:i + 100_000] for i in range(0, len(text), 100_000)]
+        tokens = sum(tokenizer.encode_batch(pieces, allowed_special="all"), [])
+    return np.array(tokens, dtype=np.uint16)
 
 def open_shard(path):
     """Memory-maps the tokens of a .npy, or of a .bin from llm.c. Exits if it is damaged."""
@@ -282,11 +304,14 @@ def open_shard(path):
                 shape, _, dtype = np.lib.format.read_array_header_1_0(file)
             else:
                 magic, version, count = np.fromfile(file, "<i4", 256)[:3].tolist()
-                assert (magic, version) == (20240520, 1), "the header is not llm.c's"
+                if (magic, version) != (20240520, 1):
+                    raise ValueError("the header is not llm.c's")
                 shape, dtype = (count,), "<u2"
             found = (os.path.getsize(path) - file.tell()) / 2
-            assert shape == (found,), f"expected {shape} tokens, found {found}"
-            assert dtype == "<u2", f"{dtype} instead of uint16"
+            if shape != (found,):
+                raise ValueError(f"expected {shape} tokens, found {found}")
+            if dtype != "<u2":
+                raise ValueError(f"{dtype} instead of uint16")
         except Exception as error:  # a damaged header can lead to any kind of error
             sys.exit(f"{path}: not a shard of tokens from fineweb.py: {error!s:.200}")
         return np.memmap(path, "<u2", mode="r", offset=file.tell(), shape=shape)
@@ -296,8 +321,8 @@ def load_split(data, split, encoding):
     shards = []
     if os.path.isdir(data):
         for name in sorted(os.listdir(data)):
-            # edu_train_000001.npy has the words edu, train and npy
-            if name.endswith((".npy", ".bin")) and split in re.findall("[a-z]+", name):
+            words = name.replace(".", "_").replace("-", "_").split("_")  # edu_train_000001.npy
+            if split in words and name.endswith((".npy", ".bin")):
                 shards.append((name, open_shard(f"{data}/{name}")))
     elif os.path.isfile(data) and not data.endswith((".npy", ".bin")):
         tokens = read_text(data, encoding)
@@ -313,11 +338,12 @@ class TokenLoader:
     With T = 4, a shard of 14 tokens has the windows 0 to 4, 4 to 8 and 8 to 12. Their order
     depends only on the seed and the epoch. So a resumed run needs only the step, and a step
     trains on the same tokens with any B and any number of processes."""
-    def __init__(self, shards, B, T, rank, world_size, device, seed=None):
+
+    def __init__(self, shards, B, T, rank, world_size, device, vocab_size, seed=None):
         self.shards = shards
         self.B, self.T = B, T
         self.rank, self.world_size = rank, world_size
-        self.device, self.seed = device, seed
+        self.device, self.vocab_size, self.seed = device, vocab_size, seed
         # for each window, its shard and where it starts in there
         starts = [np.arange(0, len(tokens) - T, T) for _, tokens in shards]
         self.starts = np.concatenate(starts)
@@ -335,34 +361,47 @@ class TokenLoader:
         if self.seed is not None:  # for validation, the order stays
             np.random.default_rng([self.seed, epoch]).shuffle(self.order)
 
-    def window(self, number):
-        """The T + 1 tokens of a window. Numbers run on from one epoch to the next."""
-        epoch, place = divmod(number, self.n_windows)
+    def window(self, n):
+        """The n-th window to train on, T + 1 tokens. Every n_windows, a new epoch begins."""
+        epoch, place = divmod(n, self.n_windows)
         if epoch != self.epoch:
             self.start_epoch(epoch)
-        window = self.order[place]
-        name, tokens = self.shards[self.shard_of[window]]
+        i = self.order[place]
+        name, tokens = self.shards[self.shard_of[i]]
         # the last window of a shard has less room to move
-        start = min(self.starts[window] + self.offset, len(tokens) - self.T - 1)
+        start = min(self.starts[i] + self.offset, len(tokens) - self.T - 1)
         ids = tokens[start:start + self.T + 1]
-        if ids.max() >= GPTConfig.vocab_size:
-            sys.exit(f"{name}: {ids.max()} at offset {start + ids.argmax()} is no GPT-2 token")
+        if ids.max() >= self.vocab_size:
+            where = f"{name}: {ids.max()} at offset {start + ids.argmax()}"
+            sys.exit(f"{where} is no token of a vocabulary of {self.vocab_size}")
         return ids
 
-    def batch(self, n):
-        """This rank's n-th micro-batch: inputs and the tokens after them, (B, T) each."""
-        # a micro-batch is world_size * B windows, of which each rank takes B
-        first = (n * self.world_size + self.rank) * self.B
-        windows = [self.window(i) for i in range(first, first + self.B)]
-        tokens = torch.from_numpy(np.stack(windows).astype(np.int64)).to(self.device)
-        return tokens[:, :-1], tokens[:, 1:]  # views, one token apart
+    def n_batches(self, windows):
+        """How many micro-batches all ranks need for a range of windows."""
+        return math.ceil(len(windows) / (self.B * self.world_size))
 
-# optimizers and schedule -----------------------------------------------------
-def orthogonalize(m):
+    def batch(self, windows, i):
+        """This rank's part of the i-th micro-batch: inputs and the token after each, (B, T).
+        If the windows run out, the rows that are left get targets of -100: no loss."""
+        first = (i * self.world_size + self.rank) * self.B
+        mine = windows[first:first + self.B]
+        tokens = np.zeros((self.B, self.T + 1), dtype=np.int64)
+        for row, n in enumerate(mine):
+            tokens[row] = self.window(n)
+        tokens = torch.from_numpy(tokens).to(self.device)
+        x = tokens[:, :-1]
+        y = tokens[:, 1:].clone()
+        y[len(mine):] = -100
+        return x, y
+
+# -----------------------------------------------------------------------------
+# optimizers and schedule
+
+def newton_schulz(m):
     """Matrices U S V^T (n, rows, columns) -> about U V^T: all singular values near 1.
     Each round turns a singular value s into 3.4445 s - 4.7750 s^3 + 2.0315 s^5 (Jordan 2024)."""
     if m.shape[-2] > m.shape[-1]:
-        return orthogonalize(m.mT).mT  # for a smaller Gram matrix
+        return newton_schulz(m.mT).mT  # for a smaller Gram matrix
     x = m / (m.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(5):
         gram = x @ x.mT
@@ -374,37 +413,41 @@ def orthogonalize(m):
 class Muon(torch.optim.Optimizer):
     """Moves each matrix along its averaged gradient, made orthogonal. So it learns rare
     directions as fast as common ones (Jordan 2024, kellerjordan.github.io/posts/muon)."""
+
     def __init__(self, matrices, weight_decay, momentum):
         # one parameter group for each shape, so that step() can stack its matrices
         shapes = dict.fromkeys(p.shape for p in matrices)
         groups = [{"params": [p for p in matrices if p.shape == shape]} for shape in shapes]
-        super().__init__(groups, dict(lr=0.0, weight_decay=weight_decay, momentum=momentum))
+        defaults = dict(lr=0.0, lr_scale=1.0, weight_decay=weight_decay, momentum=momentum)
+        super().__init__(groups, defaults)
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            directions = []
+            updates = []
             for p in group["params"]:
                 state = self.state[p]
                 if not state:
-                    state["average"] = torch.zeros_like(p)
-                state["average"].lerp_(p.grad, 1 - group["momentum"])
-                directions.append(p.grad.lerp(state["average"], group["momentum"]))  # Nesterov
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
+                # Nesterov's momentum: as if the next gradient were like this one
+                updates.append(p.grad.lerp(state["momentum_buffer"], group["momentum"]))
 
             # (n, rows, columns): one large product is faster than many small ones
-            stack = torch.stack(directions)
+            stack = torch.stack(updates)
             rows, columns = stack.shape[1:]
             if rows == 3 * columns:
                 rows = columns  # c_attn is three maps, for q, k and v, in one product
-            stack = orthogonalize(stack.view(-1, rows, columns)).view_as(stack)
+            stack = newton_schulz(stack.view(-1, rows, columns)).view_as(stack)
             # steps as large as AdamW's, so one learning rate suits both (arXiv 2502.16982)
             stack *= 0.2 * math.sqrt(max(rows, columns))
-            for p, direction in zip(group["params"], stack, strict=True):
+            for p, update in zip(group["params"], stack, strict=True):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.sub_(direction, alpha=group["lr"])
+                p.sub_(update, alpha=group["lr"])
 
-def make_optimizers(model, optimizer, weight_decay, momentum=momentum):
-    """AdamW for everything, or Muon for the matrices in the blocks, AdamW for the rest."""
+def make_optimizers(model, optimizer, weight_decay, betas=(0.9, 0.95), momentum=0.95):
+    """AdamW for everything, or Muon for the matrices in the blocks, AdamW for the rest.
+    A group's lr_scale multiplies the learning rate of the schedule."""
     vectors, embeddings, matrices = [], [], []
     for name, p in model.named_parameters():
         if p.dim() < 2:  # biases and LayerNorms
@@ -413,13 +456,17 @@ def make_optimizers(model, optimizer, weight_decay, momentum=momentum):
             matrices.append(p)
         else:
             embeddings.append(p)
-    decayed = embeddings if optimizer == "muon" else embeddings + matrices
-    groups = [{"params": decayed}, {"params": vectors, "weight_decay": 0.0}]
-    # GPT-3's betas; the loop sets the learning rate
-    adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
+
+    groups = [
+        {"params": embeddings, "lr_scale": 1.0, "weight_decay": weight_decay},
+        {"params": vectors, "lr_scale": 1.0, "weight_decay": 0.0},
+    ]
     if optimizer == "adamw":
-        return [adamw]
-    return [adamw, Muon(matrices, weight_decay, momentum)]
+        groups.append({"params": matrices, "lr_scale": 1.0, "weight_decay": weight_decay})
+    optimizers = [torch.optim.AdamW(groups, betas=betas, fused=True)]
+    if optimizer == "muon":
+        optimizers.append(Muon(matrices, weight_decay, momentum))
+    return optimizers
 
 def get_lr(step, max_lr, min_lr, warmup_steps, max_steps):
     """A linear warmup, since large first steps diverge, then a cosine down to min_lr."""
@@ -429,70 +476,349 @@ def get_lr(step, max_lr, min_lr, warmup_steps, max_steps):
     coeff = 0.5 * (1 + math.cos(math.pi * decay_ratio))  # from 1 to 0
     return min_lr + coeff * (max_lr - min_lr)
 
-# evaluation ------------------------------------------------------------------
+# -----------------------------------------------------------------------------
+# evaluation and samples
+
 # attention without cuDNN's kernel, which makes a new plan for each length
 ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
-def mean_over_ranks(values, device):
-    """A list of numbers -> the mean of each over all processes."""
-    if not dist.is_initialized():
-        return values
-    total = torch.tensor(values, device=device)
-    dist.all_reduce(total)  # now the sum over all processes
-    return [value / dist.get_world_size() for value in total.tolist()]
-
 @torch.no_grad()
-def evaluate(model, loader, n_batches):
-    """The mean loss, in nats per token, of the first n_batches micro-batches of all ranks."""
+def evaluate(model, loader, windows, should_stop=lambda: False):
+    """The mean loss, in nats per token, of a range of windows, or None if asked to stop."""
     model.eval()
-    losses = []
-    for n in range(n_batches):
-        x, y = loader.batch(n)
-        losses.append(model(x, y).item())
+    total = 0.0
+    for i in range(loader.n_batches(windows)):
+        if should_stop():
+            break
+        x, y = loader.batch(windows, i)
+        total += model(x, y)
     model.train()
-    return mean_over_ranks([sum(losses) / n_batches], loader.device)[0]
+    if on_any_rank(should_stop(), loader.device):
+        return None
+    # each batch gave the mean over its rows, also over those that were left empty
+    return mean_over_ranks(total, loader.device) * loader.B * loader.world_size / len(windows)
 
-def sample(model, tokenizer, prompt, n_samples, seed):
-    """Returns texts that begin with the prompt; see sample_tokens, temperature and top_k."""
+def sample(model, tokenizer, prompt, n_samples, max_new_tokens, temperature, top_k, seed):
+    """Returns texts that begin with the prompt and end where the model ends its document."""
     model.eval()
     start = tokenizer.encode(prompt or "<|endoftext|>", allowed_special="all")
     idx = torch.tensor([start] * n_samples, device=model.lm_head.weight.device)
     torch.manual_seed(seed)  # training is not affected: it sets a new seed in each step
-    idx = model.generate(idx, sample_tokens, temperature, top_k)
+    idx = model.generate(idx, max_new_tokens, temperature, top_k)
     model.train()
     texts = [tokenizer.decode(tokens) for tokens in idx[:, len(start):].tolist()]
-    # a random model of bytes writes control characters, which would upset a terminal
-    texts = [re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "?", text) for text in texts]
-    return [prompt + text.partition("<|endoftext|>")[0] for text in texts]
+    return [prompt + printable(text.partition("<|endoftext|>")[0]) for text in texts]
 
-# log and checkpoints ---------------------------------------------------------
-# dense 16-bit FLOP/s from the data sheets; the first key found in the GPU's name counts
-PEAK_FLOPS = {"T4": 65e12, "V100": 125e12, "L4": 121e12, "L40S": 362e12, "A10": 125e12,
-    "A100": 312e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12,
-    "B200": 2250e12, "RTX 3090": 71e12, "RTX 4090": 165e12, "RTX 5090": 209e12, "MI300X": 1307e12}
+def printable(text):
+    """Shows control characters as "?", since a model of bytes could upset a terminal."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "?", text)
 
-def get_peak_flops(device):
-    """312e12 for "NVIDIA A100-SXM4-80GB"; None for a device that is not listed."""
-    names = [n for n in PEAK_FLOPS if re.search(rf"\b{n}\b(?!.*(Laptop|MIG))", device)]
-    return PEAK_FLOPS[names[0]] if names else None
+# -----------------------------------------------------------------------------
+# the run
 
-def lock(path):
-    """Keeps other runs out of the folder as long as this process lives."""
+def main(recipe):
+    rank, world_size = connect_processes()  # torchrun starts one for each GPU; else there is one
+    ddp = world_size > 1
+    master_process = rank == 0  # it prints, logs and saves
+    writes_files = master_process and max_steps > 0
+    if writes_files:
+        lock_folder(log_dir)
+
+    # products in 16 bits where the device is fast at them
+    run_dtype = default_dtype(device) if dtype == "auto" else dtype
+    autocast = torch.autocast(device, getattr(torch, run_dtype), enabled=run_dtype != "float32")
+    # float16 would round small gradients to 0, so scale the loss up. Other dtypes don't
+    scaler = torch.amp.GradScaler(device, enabled=run_dtype == "float16")
+
+    # model: from this run's newest checkpoint, from scratch, or from somebody's weights
+    torch.manual_seed(seed)
+    resume = init_from == "resume"
+    checkpoint = load_checkpoint(log_dir) if resume else None
+    # before its first checkpoint, a resumed run starts as its recipe does
+    start_from = recipes[recipe].get("init_from", "scratch") if resume else init_from
+    if checkpoint is not None:
+        raw_model = model_of(checkpoint, dropout)
+    elif start_from == "scratch":
+        vocab_size = 256 if encoding == "bytes" and not os.path.isdir(data) else 50257
+        raw_model = GPT(GPTConfig(T, vocab_size, n_layer, n_head, n_embd, dropout))
+    else:
+        raw_model = load_weights(start_from, dropout)
+    vocab_size = raw_model.config.vocab_size
+    model_encoding = "bytes" if vocab_size == 256 else "gpt2"
+
+    # data: a step takes this many windows of T tokens, spread evenly over all ranks
+    windows_per_step = total_batch_size // T
+    grad_accum_steps = math.ceil(windows_per_step / (B * world_size))
+    rows = math.ceil(windows_per_step / (grad_accum_steps * world_size))  # B, or a few less
+    config = {"recipe": recipe, **constants, "model": vars(raw_model.config)}
+    if max_steps > 0:
+        shards = load_split(data, "train", model_encoding)
+        train_loader = TokenLoader(shards, rows, T, rank, world_size, device, vocab_size, seed)
+        config["shards"] = [[name, len(tokens)] for name, tokens in shards]
+    if val_every > 0:
+        shards = load_split(data, "val", model_encoding)
+        val_loader = TokenLoader(shards, rows, T, rank, world_size, device, vocab_size)
+        val_windows = range(min(val_steps * windows_per_step, val_loader.n_windows))
+    check_run(config, checkpoint)
+
+    # for HellaSwag and samples; if a download fails, training goes on without them
+    examples = tokenizer = None
+    if hella_every > 0 and model_encoding == "gpt2":
+        examples = hellaswag.load_examples(skip=True)
+    if sample_every > 0 and n_samples > 0:
+        tokenizer = get_tokenizer(model_encoding)
+    writes_hf = writes_files and model_encoding == "gpt2" and is_gpt2(raw_model)
+
+    # optimizers
+    raw_model.to(device)
+    optimizers = []
+    if max_steps > 0:
+        optimizers = make_optimizers(raw_model, optimizer, weight_decay, (beta1, beta2), momentum)
+
+    # model trains and validates; raw_model, with the same weights, does everything else
+    model = torch.compile(raw_model) if compile else raw_model
+    if ddp:
+        model = DDP(model, gradient_as_bucket_view=True)  # averages gradients in backward
+
+    # where the run starts and ends, and its log: the constants, then a line for each event
+    start_step, earlier_end = 0, max_steps
+    if checkpoint is not None:
+        start_step, earlier_end = checkpoint["step"], checkpoint["config"]["max_steps"]
+        print(f"resuming at step {start_step}")
+        if max_steps > 0:
+            load_optimizers(optimizers, scaler, checkpoint)
+    end_step = max(start_step, max_steps)  # a run that is past its end is only evaluated
+    log = Log(start_step, end_step)
+    if writes_files:
+        log.open(log_dir, config, checkpoint)
+    print_setup(raw_model, world_size, run_dtype, grad_accum_steps, rows)
+
+    def due(every):
+        """True every so many steps, and where this run or the one it continues ends."""
+        return every > 0 and (step % every == 0 or step in (end_step, earlier_end))
+
+    catch_stop_signals()
+    # at this point, the run has made `step` updates; the last round only evaluates and saves
+    for step in range(start_step, end_step + 1):
+        last_step = step == end_step
+        windows = range(step * windows_per_step, (step + 1) * windows_per_step)
+        log_size = log.size()
+
+        # once in a while: the loss on the validation set
+        if due(val_every):
+            with autocast:
+                val_loss = evaluate(model, val_loader, val_windows, stop_requested)
+            if val_loss is not None:
+                log(step, f"val loss {val_loss:.4f}", val_loss=val_loss)
+                check_finite(step, val_loss)
+
+        # once in a while: HellaSwag
+        if due(hella_every) and examples is not None:
+            with autocast, sdpa_kernel(ANY_LENGTH):
+                scores = hellaswag.evaluate(raw_model, examples, rows * T, stop_requested)
+            if scores is not None:
+                acc_norm = scores["acc_norm"]
+                log(step, f"HellaSwag acc_norm {acc_norm:.4f}", hellaswag=acc_norm)
+
+        # once in a while: samples, but none from random weights
+        is_trained = step > 0 or start_from != "scratch"
+        if due(sample_every) and tokenizer is not None and is_trained and master_process:
+            with autocast, sdpa_kernel(ANY_LENGTH):
+                texts = sample(raw_model, tokenizer, prompt, n_samples, sample_tokens,
+                               temperature, top_k, seed)
+            log.samples(step, texts)
+
+        # once in a while, at the end, and when asked to stop: save
+        stopping = on_any_rank(stop_requested(), device)
+        if step > start_step and (stopping or due(save_every)):
+            with autocast:  # a model without a finite loss must not replace sound ones
+                check_finite(step, evaluate(model, train_loader, windows[:rows * world_size]))
+            if writes_files:
+                # resumed, it evaluates again, so the log continues from the size before that
+                checkpoint = dict(
+                    step=step, config=config, model=raw_model.state_dict(),
+                    optimizers=[opt.state_dict() for opt in optimizers],
+                    scaler=scaler.state_dict(), log_size=log_size, run_id=log.run_id)
+                save_checkpoint(log_dir, checkpoint, keep, final=stopping or last_step)
+        if stopping or last_step:
+            break
+
+        # one step of the optimization
+        t0 = time.perf_counter()
+        lr = get_lr(step, max_lr, min_lr, warmup_steps, max_steps)
+        for opt in optimizers:
+            for group in opt.param_groups:
+                group["lr"] = lr * group["lr_scale"]
+        torch.manual_seed(seed + step * world_size + rank)  # for dropout: same after resuming
+
+        # a whole batch would need too much memory: add up the gradients of micro-batches
+        loss_accum = 0.0
+        for micro_step in range(grad_accum_steps):
+            x, y = train_loader.batch(windows, micro_step)
+            if ddp:
+                # DDP averages gradients over all ranks in the last backward only
+                model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
+            with autocast:
+                loss = model(x, y)
+            # this is loss / grad_accum_steps, unless some rows of the last micro-batch are empty
+            loss = loss * (rows * world_size / windows_per_step)
+            loss_accum += loss.detach()
+            scaler.scale(loss).backward()
+        train_loss = mean_over_ranks(loss_accum, device)
+
+        # clip the gradients, so that a bad batch does not move the weights far
+        for opt in optimizers:
+            scaler.unscale_(opt)  # in float16, they are scaled like the loss
+        norm = nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf).item()
+
+        # infinities would ruin the weights: stop. But in float16 the scale may have been too
+        # large: skip this update, and scaler.update() halves the scale
+        overflow = not math.isfinite(norm) and scaler.is_enabled() and scaler.get_scale() > 1
+        check_finite(step, train_loss, norm if not overflow else 0.0)
+        if not overflow:
+            with autocast:  # for the matrix products of Muon
+                for opt in optimizers:
+                    scaler.step(opt)
+        scaler.update()
+        raw_model.zero_grad()
+
+        dt = time.perf_counter() - t0
+        if due(log_every):
+            tokens_per_sec = total_batch_size / dt
+            mfu = estimate_mfu(raw_model, T, tokens_per_sec / world_size, run_dtype)
+            line = (f"loss {train_loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | "
+                    f"{1000 * dt:.0f} ms | {tokens_per_sec:,.0f} tokens/s | ")
+            if mfu is not None:
+                line += f"mfu {mfu:.1%} | "
+            log(step, line + log.time_left(step), train_loss=train_loss, lr=lr, grad_norm=norm,
+                dt=dt, tokens_per_sec=tokens_per_sec, mfu=mfu)
+
+    if stopping:
+        print(f"stopped at step {step}; to continue, launch it again with --init_from=resume")
+    elif writes_files:
+        if writes_hf:
+            save_pretrained(raw_model, f"{log_dir}/hf")
+        tokens = (step - start_step) * total_batch_size
+        print(f"done: {step} steps, {tokens:,} tokens", *log.results(), log_dir, sep=", ")
+    if ddp:
+        disconnect_processes()
+
+# -----------------------------------------------------------------------------
+# log and checkpoints. From here on, the file keeps a run safe: a first reading can skip it
+
+class Log:
+    """Prints events. Once it is open, it also writes them to log.jsonl, and sends them to
+    Weights & Biases if wandb_log is set."""
+
+    def __init__(self, start_step, end_step):
+        self.start_step, self.end_step = start_step, end_step
+        self.t_start = time.perf_counter()
+        self.file = self.wandb = None
+        self.latest = {}
+
+    def open(self, log_dir, config, checkpoint):
+        """Begins log.jsonl with the constants, or continues it where the checkpoint was saved."""
+        self.run_id = secrets.token_hex(4)  # for Weights & Biases: one for the whole training
+        if checkpoint is None:
+            move_aside(log_dir)
+        copy_script(log_dir, self.start_step)
+        self.file = open(f"{log_dir}/log.jsonl", "a", buffering=1)
+        if checkpoint is not None:
+            self.run_id = checkpoint["run_id"]
+            # the steps after the checkpoint are repeated, so drop their lines
+            self.file.truncate(min(checkpoint["log_size"], self.size()))
+        if self.size() == 0:
+            self.write({"constants": config, "run_id": self.run_id, "torch": torch.__version__})
+        if wandb_log:
+            self.wandb = connect_wandb(log_dir, self.run_id, config)
+
+    def size(self):
+        return os.path.getsize(self.file.name) if self.file is not None else 0
+
+    def write(self, event):
+        """Writes a line. JSON has no infinities: they become null."""
+        event = {k: None if v in (math.inf, -math.inf) or v != v else v for k, v in event.items()}
+        try:
+            if self.file is not None:
+                self.file.write(json.dumps(event) + "\n")
+        except OSError as error:
+            print(f"warning: {self.file.name}: {error}")
+
+    def __call__(self, step, line, **event):
+        print(f"step {step:5d}/{self.end_step} | {line}", flush=True)
+        self.latest |= event
+        self.write({"step": step, **event})
+        if self.wandb is not None:
+            self.wandb.log(event, step=step)
+
+    def samples(self, step, texts):
+        for text in texts:
+            print(f"step {step:5d}/{self.end_step} | sample: {text}\n", flush=True)
+            self.write({"step": step, "sample": text})
+        if self.wandb is not None:
+            self.wandb.log({"sample": "\n\n".join(texts)}, step=step)
+
+    def time_left(self, step):
+        per_step = (time.perf_counter() - self.t_start) / (step + 1 - self.start_step)
+        return f"{timedelta(seconds=round(per_step * (self.end_step - step - 1)))} left"
+
+    def results(self):
+        """For the last line that is printed."""
+        results = [f"{(time.perf_counter() - self.t_start) / 60:.1f} minutes"]
+        if "val_loss" in self.latest:
+            results.append(f"val loss {self.latest['val_loss']:.4f}")
+        if "hellaswag" in self.latest:
+            results.append(f"HellaSwag {self.latest['hellaswag']:.4f}")
+        if device == "cuda":
+            results.append(f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of GPU memory")
+        return results
+
+def connect_wandb(log_dir, run_id, config):
+    """Begins or continues a run there. Without a login or the service, it goes on offline."""
+    import wandb
+    how = dict(project=wandb_project, name=log_dir, id=run_id, resume="allow", config=config)
     try:
-        return FileLock(path).acquire(timeout=0)
+        return wandb.init(**how, settings=wandb.Settings(init_timeout=30))
+    except Exception as error:
+        print(f"warning: Weights & Biases, offline (wandb sync sends it later): {error!s:.200}")
+        return wandb.init(**how, mode="offline")
+
+def lock_folder(log_dir):
+    """Makes the folder, and keeps other runs out of it until this one ends."""
+    try:
+        os.makedirs(log_dir, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"--log_dir={log_dir}: {error}")
+    lock = FileLock(f"{log_dir}.lock")
+    try:
+        lock.acquire(timeout=0)
+        at_end.callback(lock.release)
     except Timeout:
-        sys.exit(f"another run holds {path}; choose another --log_dir")
+        sys.exit(f"another run holds {log_dir}.lock; choose another --log_dir")
     except OSError as error:  # some network drives have no locks
-        print(f"warning: {path} can't be locked: {error}")
+        print(f"warning: {log_dir}.lock can't be locked: {error}")
 
 def move_aside(log_dir):
-    """Renames log/gpt2, which holds an older run, to log/gpt2-1, or -2, ..."""
+    """Moves the files of an older run from log/gpt2, say, to log/gpt2-1, or -2, ..."""
+    if not os.path.exists(f"{log_dir}/log.jsonl"):
+        return
     n = 1
     while os.path.exists(f"{log_dir}-{n}"):
         n += 1
-    os.rename(log_dir, f"{log_dir}-{n}")
-    os.makedirs(log_dir)
+    os.makedirs(f"{log_dir}-{n}")
+    patterns = "ckpt_*.pt", "hf", "train_gpt2*.py", "log.jsonl"  # without the last, it is no run
+    for name in [name for pattern in patterns for name in glob.glob(pattern, root_dir=log_dir)]:
+        os.rename(f"{log_dir}/{name}", f"{log_dir}-{n}/{name}")
     print(f"moved the older run in {log_dir} to {log_dir}-{n}")
+
+def copy_script(log_dir, start_step):
+    """Keeps this script as it was launched, and again for a resumed run that has edited it."""
+    path = f"{log_dir}/train_gpt2.py"
+    if os.path.exists(path) and open(path).read() != source:
+        path = f"{log_dir}/train_gpt2_{start_step:06d}.py"
+    with open(path, "w") as file:
+        file.write(source)
 
 def checkpoint_paths(log_dir):
     """The checkpoints in log_dir as {step: path}, in order."""
@@ -525,64 +851,99 @@ def save_checkpoint(log_dir, checkpoint, keep, final):
             os.remove(paths[step])
 
 def load_checkpoint(log_dir):
-    """The newest checkpoint that is not damaged, or None if there is none."""
+    """The newest checkpoint that is not damaged, or None if there is none yet."""
     paths = list(checkpoint_paths(log_dir).values())
     for path in reversed(paths):
         try:
             # it is a zip file, and torch.load does not compare the checksums in it
-            assert zipfile.ZipFile(path).testzip() is None, "wrong checksum"
+            if zipfile.ZipFile(path).testzip() is not None:
+                raise ValueError("wrong checksum")
             return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # damage can lead to any kind of error
             print(f"warning: skipping {path}, it does not load: {error!r:.200}")
     if paths:
         sys.exit(f"no checkpoint in {log_dir} loads; start anew with --init_from=scratch")
-    print(f"no checkpoint in {log_dir} yet: starting from scratch")
+    print(f"no checkpoint in {log_dir} yet: starting anew")
+    return None
+
+def model_of(checkpoint, dropout):
+    """The GPT of a checkpoint, with another dropout."""
+    model = GPT(GPTConfig(**checkpoint["config"]["model"] | {"dropout": dropout}))
+    model.load_state_dict(checkpoint.pop("model"))
+    return model
+
+def load_optimizers(optimizers, scaler, checkpoint):
+    """Loads what they have averaged. Their settings, like the weight decay, are this launch's."""
+    for opt, saved in zip(optimizers, checkpoint.pop("optimizers"), strict=True):
+        opt.load_state_dict(opt.state_dict() | {"state": saved["state"]})
+    scaler.load_state_dict(scaler.state_dict() | checkpoint["scaler"])  # {} if not float16
+
+def check_run(config, checkpoint):
+    """Exits if the data, the weights and the constants of a run don't fit together."""
+    block_size, vocab_size = config["model"]["block_size"], config["model"]["vocab_size"]
+    if T > block_size and (max_steps > 0 or val_every > 0):
+        sys.exit(f"--T={T}: use --T={block_size}, which is the model's context")
+    if 256 < vocab_size < 50257:
+        sys.exit(f"--init_from={init_from} has {vocab_size} tokens, but GPT-2's tokenizer 50257")
+    step = checkpoint["step"] if checkpoint is not None else 0
+    if mean_over_ranks(step, device) != step:
+        sys.exit(f"this rank is at step {step}, others are not: do all see {log_dir}?")
+    if max_steps > 0:
+        windows_per_step = total_batch_size // T
+        n_windows = sum((n_tokens - 1) // T for _, n_tokens in config["shards"] if n_tokens > 0)
+        if n_windows < windows_per_step:
+            sys.exit(f"{data}: {n_windows} windows of {T} tokens, but a step takes "
+                     f"{windows_per_step}; lower --total_batch_size")
+        if checkpoint is not None:
+            check_resume(config, checkpoint["config"])
 
 def check_resume(config, saved):
     """Exits if a resumed run would have another model, optimizer or order of data."""
-    fixed = ["data_checksum", "encoding", "seed", "T", "total_batch_size", "n_layer", "n_head",
-             "n_embd", "optimizer"]
+    fixed = "seed T total_batch_size n_layer n_head n_embd optimizer encoding".split()
     changed = [f"{k} was {saved[k]}, is {config[k]}" for k in fixed if saved[k] != config[k]]
     if changed:
         sys.exit(f"can't resume: {'; '.join(changed)}; set it back, or start from scratch")
+    before, now = dict(saved["shards"]), dict(config["shards"])
+    changed = [f"{name} had {before.get(name, 0)} tokens, has {now.get(name, 0)}"
+               for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    if changed:
+        sys.exit(f"can't resume, the data has changed: {'; '.join(changed[:3])}; "
+                 f"--init_from={log_dir} with another --log_dir begins a new run from its weights")
 
-# the launch ------------------------------------------------------------------
-def parse_flag(arg):
-    """Turns "--B=16" into ("B", 16). Exits if the name or the type is wrong."""
-    name, _, text = arg.removeprefix("--").partition("=")
-    if name not in constants:
-        nearest = difflib.get_close_matches(name, constants, n=1, cutoff=0)[0]
-        sys.exit(f"{arg}: no such constant; the nearest is --{nearest}={constants[nearest]}")
-    kind = type(constants[name])
-    try:
-        value = text if kind is str else json.loads(text.lower())
-        assert arg == f"--{name}={text}" and kind(value) == value
-        assert kind is str or value >= 0
-        assert name not in CHOICES or value in CHOICES[name]
-    except Exception:
-        expected = " or ".join(CHOICES.get(name, [kind.__name__]))
-        sys.exit(f"{arg}: expected {expected}, as in --{name}={constants[name]}")
-    return name, kind(value)
+def check_finite(step, loss, norm=0.0):
+    """Exits if a loss or a gradient norm is infinite or not a number."""
+    if not math.isfinite(loss + norm):
+        message = f"step {step}: loss {loss}, gradient norm {norm}; lower --max_lr"
+        paths = list(checkpoint_paths(log_dir).values())
+        if len(paths) > 1:
+            message += f"; if {paths[-1]} is not sound, remove it to resume from {paths[-2]}"
+        sys.exit(message)
 
-def constants_of_launch(args):
-    """The constants above, overridden by the defaults for a text file, then by the flags."""
-    flags = dict(parse_flag(arg) for arg in args if arg != "--help")
-    launch = constants | flags
-    if not os.path.isdir(launch["data"]):
-        small = launch["init_from"] in ("scratch", "resume") and flags.get("encoding") != "gpt2"
-        launch = constants | (small_gpt if small else fine_tuning) | flags
-    if "--help" in args:
-        print(__doc__, *(f"--{name}={value!r}" for name, value in launch.items()), sep="\n")
-        sys.exit()
-    return launch
+# -----------------------------------------------------------------------------
+# processes and signals
 
-def default_dtype(device):
-    """The fastest dtype that the device supports natively; old GPUs emulate bfloat16."""
+at_end = contextlib.ExitStack()  # what to undo when the run ends, however it ends
+
+def connect_processes():
+    """Connects the processes that torchrun has started. Returns this one's rank and how many."""
+    rank = int(os.environ.get("RANK", 0))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))  # its number on this machine
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
     if device == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return "bfloat16" if native else "float16"
-    native = device == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    return "bfloat16" if native else "float32"
+        n_gpus = torch.cuda.device_count()
+        if local_rank >= n_gpus:
+            n_processes = os.environ.get("LOCAL_WORLD_SIZE", 1)
+            sys.exit(f"--device=cuda: {n_processes} processes, but only {n_gpus} GPUs")
+        torch.cuda.set_device(local_rank)
+        torch.set_float32_matmul_precision("high")  # TF32 for what remains in float32
+    if world_size > 1:
+        if device == "mps":
+            sys.exit("--device=mps is for one process; for several, use --device=cpu")
+        backend = "nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, store=torchrun_store(), rank=rank,
+                                world_size=world_size, timeout=timedelta(seconds=timeout))
+        at_end.callback(time.sleep, 0.2)  # for gloo, see below
+    return rank, world_size
 
 def torchrun_store():
     """Where the processes that torchrun starts find each other's addresses. A restart on one
@@ -592,279 +953,268 @@ def torchrun_store():
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     return store
 
-def fit_batch(B, T, total_batch_size, world_size):
-    """The largest B, up to the one asked for, that divides a process's share of a step."""
-    share, rest = divmod(total_batch_size, T * world_size)
-    if share == 0 or rest != 0:
-        sys.exit(f"{total_batch_size=} is no multiple of T * processes = {T * world_size}")
-    largest = max(b for b in range(1, min(B, share) + 1) if share % b == 0)
-    if largest < B:
-        print(f"lowered --B={B} to {largest}: a step has {share} sequences for each process")
-    return largest
+def disconnect_processes():
+    """Waits for all, since rank 0 may still be saving."""
+    dist.barrier(device_ids=[torch.cuda.current_device()] if device == "cuda" else None)
+    # gloo's threads can hang or crash Python's exit (pytorch#190489): leave them time to finish
+    time.sleep(0.2)
+    dist.destroy_process_group()
+
+def mean_over_ranks(value, device):
+    """The mean of a number over all processes."""
+    if not dist.is_initialized():
+        return float(value)
+    total = torch.tensor(float(value), dtype=torch.float64, device=device)
+    dist.all_reduce(total)  # now the sum
+    return total.item() / dist.get_world_size()
+
+def on_any_rank(flag, device):
+    """Whether a flag is set in at least one process."""
+    if not dist.is_initialized():
+        return flag
+    flag = torch.tensor(int(flag), device=device)
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag.item())
+
+def default_dtype(device):
+    """The fastest dtype that the device supports natively; old GPUs emulate bfloat16."""
+    if device == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bfloat16" if native else "float16"
+    native = device == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return "bfloat16" if native else "float32"
 
 stop_signals = []  # when they came
+
+def stop_requested():
+    return len(stop_signals) > 0
+
 def on_stop_signal(number, frame):
-    """Lets the step finish and be saved. A second signal after 0.5 s exits at once."""
+    """Lets the step finish and be saved. A second signal exits at once, unless it comes within
+    half a second: Slurm sends one to each process, and so does torchrun."""
     stop_signals.append(time.monotonic())
     if stop_signals[-1] - stop_signals[0] > 0.5:
         os._exit(1)
 
-# the run ---------------------------------------------------------------------
-if __name__ == "__main__":
-    constants = constants_of_launch(sys.argv[1:])
-    globals().update(constants)
-    if min(B, T, n_head, n_embd, val_steps) == 0 or n_embd % n_head != 0:
-        sys.exit(f"{B=}, {T=}, {n_head=}, {val_steps=} must be > 0, {n_embd=} a multiple of n_head")
+def catch_stop_signals():
+    for number in (signal.SIGINT, signal.SIGTERM):
+        at_end.callback(signal.signal, number, signal.signal(number, on_stop_signal))
 
-    # torchrun starts a process for each GPU and numbers them; plain python is rank 0 of 1
-    rank = int(os.environ.get("RANK", 0))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))  # its number on this machine
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    ddp = world_size > 1
-    master_process = rank == 0  # it prints, logs and saves
-    if not master_process:  # remove this to see what the other processes print
-        sys.stdout = open(os.devnull, "w")
+# -----------------------------------------------------------------------------
+# speed
 
-    if device == "cuda":
-        n_gpus = torch.cuda.device_count()
-        if local_rank >= n_gpus:
-            n_processes = os.environ.get("LOCAL_WORLD_SIZE", 1)
-            sys.exit(f"--device=cuda: {n_processes} processes, but only {n_gpus} GPUs")
-        torch.cuda.set_device(local_rank)
-        torch.set_float32_matmul_precision("high")  # TF32 for what remains in float32
-    if ddp:
-        # connect the processes, so that they can average gradients
-        backend = "nccl" if device == "cuda" else "gloo"
-        dist.init_process_group(backend, store=torchrun_store(), rank=rank,
-                                world_size=world_size, timeout=timedelta(seconds=timeout))
-        # gloo's threads can crash Python's exit (pytorch#190489): leave them time to finish
-        atexit.register(time.sleep, 0.2)
+# dense 16-bit FLOP/s from the data sheets; the first key found in the GPU's name counts
+PEAK_FLOPS = {"T4": 65e12, "V100": 125e12, "L4": 121e12, "L40S": 362e12, "A10": 125e12,
+    "A100": 312e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12,
+    "B200": 2250e12, "RTX 3090": 71e12, "RTX 4090": 165e12, "RTX 5090": 209e12, "MI300X": 1307e12}
 
-    # precision: products in 16 bits where the device is fast at them
-    if dtype == "auto":
-        dtype = default_dtype(device)
-    autocast = torch.autocast(device, getattr(torch, dtype), enabled=dtype != "float32")
-    # float16 would round small gradients to 0, so scale the loss up. Other dtypes don't
-    scaler = torch.amp.GradScaler(device, enabled=dtype == "float16")
-    device_name = torch.cuda.get_device_name() if device == "cuda" else device
-    print(f"{world_size} x {device_name}, {dtype}")
+def get_peak_flops(device_name):
+    """312e12 for "NVIDIA A100-SXM4-80GB"; None for a device that is not listed."""
+    names = [n for n in PEAK_FLOPS if re.search(rf"\b{n}\b(?!.*(Laptop|MIG))", device_name)]
+    return PEAK_FLOPS[names[0]] if names else None
 
-    # data: shards or a text, needed to train and to evaluate
-    B = fit_batch(B, T, total_batch_size, world_size)
-    windows_per_step = total_batch_size // T
-    grad_accum_steps = windows_per_step // (B * world_size)
-    config = constants | {"device": device_name, "dtype": dtype}
-    if max_steps > 0:
-        shards = load_split(data, "train", encoding)
-        train_loader = TokenLoader(shards, B, T, rank, world_size, device, seed)
-        # a resumed run notices other data by the names and lengths of the shards
-        lengths = [(name, len(tokens)) for name, tokens in shards]
-        config["data_checksum"] = zlib.crc32(repr(lengths).encode())
-        if train_loader.n_windows < windows_per_step:
-            sys.exit(f"{data}: {train_loader.n_windows} windows of {T} tokens, but a step takes "
-                     f"{windows_per_step}; lower --total_batch_size")
-    if val_every > 0:
-        shards = load_split(data, "val", encoding)
-        val_loader = TokenLoader(shards, B, T, rank, world_size, device)
-        # whole steps, so that any number of processes evaluates on the same tokens
-        val_steps = max(1, min(val_steps, val_loader.n_windows // windows_per_step))
+def get_flops_per_token(model, T):
+    """FLOP to train on a token: 2 per parameter forward, 4 backward, none for positions. The
+    attention takes 12 L C T (PaLM, arXiv 2204.02311, appendix B)."""
+    c = model.config
+    n_params = sum(p.numel() for p in model.parameters()) - c.block_size * c.n_embd
+    return 6 * n_params + 12 * c.n_layer * c.n_embd * T
 
-    # log_dir: nothing in it changes before all ranks are ready
-    log_dir = os.path.normpath(log_dir)
-    writes_files = master_process and max_steps > 0
-    if writes_files:
-        os.makedirs(log_dir, exist_ok=True)
-        lock_file = lock(f"{log_dir}.lock")
-        if wandb_log:
-            import wandb
-            wandb.init(project=wandb_project, name=log_dir, config=config)
+def estimate_mfu(model, T, tokens_per_sec, dtype):
+    """The share of its peak FLOP/s that a GPU reaches, or None if the peak is not known."""
+    peak = get_peak_flops(torch.cuda.get_device_name()) if device == "cuda" else None
+    if peak is None or dtype == "float32":
+        return None
+    return tokens_per_sec * get_flops_per_token(model, T) / peak
 
-    # model: from the newest checkpoint, from scratch, or from somebody's weights
-    torch.manual_seed(seed)
-    start_step = log_size = 0
-    checkpoint = load_checkpoint(log_dir) if init_from == "resume" else None
-    if checkpoint is not None:
-        if max_steps > 0:
-            check_resume(config, checkpoint["config"])
-        start_step, log_size = checkpoint["step"], checkpoint["log_size"]
-        max_steps = max(max_steps, start_step)  # a run past its end is only evaluated
-        raw_model = GPT(GPTConfig(**checkpoint["config"]["model"] | {"dropout": dropout}))
-        raw_model.load_state_dict(checkpoint["model"])
-        print(f"resuming at step {start_step}")
-    elif init_from in ("scratch", "resume"):
-        vocab_size = 256 if encoding == "bytes" else 50304  # 393 * 128 is faster than 50257
-        raw_model = GPT(GPTConfig(T, vocab_size, n_layer, n_head, n_embd, dropout))
-    else:
-        try:
-            raw_model = GPT.from_pretrained(init_from, dropout)
-        except OSError as error:
-            reason = str(error).splitlines()[0]
-            sys.exit(f"--init_from={init_from}: no GPT-2 in such a folder or on the hub: {reason}")
-    if T > raw_model.config.block_size:
-        sys.exit(f"--T={T}: use --T={raw_model.config.block_size}, which is the model's context")
-    if mean_over_ranks([start_step], device) != [start_step]:
-        sys.exit(f"rank {rank} found another checkpoint than others: do all see {log_dir}?")
-
-    raw_model.to(device)
-    optimizers = make_optimizers(raw_model, optimizer, weight_decay, momentum)
-    if checkpoint is not None:
-        for opt, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
-            # only the state; settings like the weight decay come from this launch
-            opt.load_state_dict(opt.state_dict() | {"state": saved["state"]})
-        scaler.load_state_dict(scaler.state_dict() | checkpoint["scaler"])  # {} if not float16
-        del checkpoint
-
-    # model trains and validates; raw_model, with the same weights, does everything else
-    model = torch.compile(raw_model) if compile else raw_model
-    if ddp:
-        model = DDP(model, gradient_as_bucket_view=True)  # averages gradients in backward
-    config["model"] = vars(raw_model.config)
-    n_params = sum(p.numel() for p in raw_model.parameters())
-    # FLOP per parameter: 2 forward, 4 backward (positions: none). Attention: 12 L C T
-    c = raw_model.config
-    flops_per_token = 6 * (n_params - c.block_size * c.n_embd) + 12 * c.n_layer * c.n_embd * T
-    peak = get_peak_flops(device_name) if dtype != "float32" else None
-    print(f"{n_params:,} parameters, {grad_accum_steps} micro-steps of {B} x {T} tokens "
+def print_setup(model, world_size, dtype, grad_accum_steps, rows):
+    """Says on what it trains, and how a step is divided."""
+    name = torch.cuda.get_device_name() if device == "cuda" else device
+    n_params = sum(p.numel() for p in model.parameters())
+    print(f"{world_size} x {name}, {dtype}, {n_params / 1e6:.3g}M parameters")
+    print(f"a step: {grad_accum_steps} x {rows} x {T} tokens in each process "
           f"(for less memory, lower --B={B})")
+    windows = total_batch_size // T
+    wasted = 1 - windows / (grad_accum_steps * rows * world_size)
+    if wasted > 0.05:
+        print(f"{wasted:.0%} of that is computed for nothing: {windows} sequences "
+              f"don't spread evenly over {world_size} processes with --B={B}")
 
-    # log.jsonl: the constants, then a line for each event
-    if writes_files:
-        if init_from != "resume" and os.listdir(log_dir):
-            move_aside(log_dir)
-        log_file = open(f"{log_dir}/log.jsonl", "a", buffering=1)
-        # a resumed run repeats the steps after its checkpoint, so it drops their lines
-        log_file.truncate(min(log_size, os.path.getsize(log_file.name)))
-        if log_size == 0:
-            log_file.write(json.dumps({"constants": config, "torch": torch.__version__}) + "\n")
+# -----------------------------------------------------------------------------
+# Hugging Face's format, for --init_from=gpt2 and for the folder hf/
 
-    def log(line, **event):
-        print(f"step {step:5d} | {line}", flush=True)
-        if writes_files:
-            log_file.write(json.dumps({"step": step, **event}) + "\n")
-            if wandb_log:
-                wandb.log(event, step=step)
+def transpose_conv1d(state):
+    """OpenAI's weights are (in, out), nn.Linear's are (out, in). Converts either way."""
+    conv1d = "attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight"
+    return {name: p.t() if name.endswith(conv1d) else p for name, p in state.items()}
 
-    # for HellaSwag and samples; if a download fails, training goes on without them
-    encoding = "bytes" if raw_model.config.vocab_size == 256 else "gpt2"
-    examples = tokenizer = None
-    if hella_every > 0 and encoding == "gpt2":
-        examples = hellaswag.load_examples(skip=True)
+def load_weights(source, dropout):
+    """A GPT with somebody's weights. `source` is the folder of a run, whose newest checkpoint
+    is used, a folder in Hugging Face's format, or the name of a GPT-2 on the hub."""
+    if checkpoint_paths(source):
+        return model_of(load_checkpoint(source), dropout)
+    if os.path.exists(f"{source}/hf"):  # a run whose checkpoints are gone
+        source = f"{source}/hf"
     try:
-        if sample_every > 0 and n_samples > 0:
-            tokenizer = get_tokenizer(encoding)
-    except (OSError, ValueError) as error:
-        print(f"no samples, GPT-2's tokenizer can't be downloaded: {error!r:.200}")
+        return from_pretrained(source, dropout)
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        sys.exit(f"--init_from={source}: no run, no GPT-2 in such a folder or on the hub: {reason}")
 
-    def due(every):
-        """True every so many steps, and at the last one."""
-        return every > 0 and (last_step or step % every == 0)
+def from_pretrained(name, dropout=0.0):
+    """Loads a GPT-2 from a folder or, by name, from the hub. Raises OSError if it can't."""
+    from transformers import GPT2LMHeadModel
+    theirs = GPT2LMHeadModel.from_pretrained(name)
+    c = theirs.config
+    model = GPT(GPTConfig(c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd, dropout))
+    state = transpose_conv1d(theirs.state_dict())
+    padding = len(model.lm_head.weight) - c.vocab_size
+    for name in ("transformer.wte.weight", "lm_head.weight"):
+        state[name] = F.pad(state[name], (0, 0, 0, padding))
+    model.load_state_dict(state)
+    return model
 
-    signal.signal(signal.SIGINT, on_stop_signal)
-    signal.signal(signal.SIGTERM, on_stop_signal)
-    stopping = False
-    results = {}  # for the last line that is printed
-    t_start = time.perf_counter()
-    # at this point, the run has made `step` updates; the last round only saves and evaluates
-    for step in range(start_step, max_steps + 1):
-        last_step = step == max_steps
+def to_transformers(model):
+    """GPT -> transformers' GPT2LMHeadModel, with the same weights in the same memory."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+    c = model.config
+    config = GPT2Config(vocab_size=c.vocab_size, n_positions=c.block_size, n_layer=c.n_layer,
+                        n_head=c.n_head, n_embd=c.n_embd)
+    state = transpose_conv1d(model.state_dict())
+    for name in ("transformer.wte.weight", "lm_head.weight"):
+        state[name] = state[name][:c.vocab_size]
+    with torch.device("meta"):  # no weights of its own
+        theirs = GPT2LMHeadModel(config)
+    theirs.load_state_dict(state, assign=True)
+    theirs.tie_weights()
+    return theirs.eval()
 
-        # once in a while, at the end, and when asked to stop: save
-        if writes_files and step > start_step and (stopping or due(save_every)):
-            checkpoint = dict(model=raw_model.state_dict(), step=step, config=config,
-                              optimizers=[opt.state_dict() for opt in optimizers],
-                              scaler=scaler.state_dict(), log_size=os.path.getsize(log_file.name))
-            save_checkpoint(log_dir, checkpoint, keep, final=stopping or last_step)
-        if stopping:
-            break
+def save_pretrained(model, folder):
+    """Writes config.json and model.safetensors."""
+    to_transformers(model).save_pretrained(folder)
 
-        # once in a while: the loss on the validation set
-        if due(val_every):
-            with autocast:
-                val_loss = evaluate(model, val_loader, val_steps * grad_accum_steps)
-            log(f"val loss {val_loss:.4f}", val_loss=val_loss)
-            results["val loss"] = val_loss
+@torch.no_grad()
+def is_gpt2(model):
+    """Whether GPT-2 in transformers computes the same, so that it can be saved for it."""
+    idx = torch.arange(min(16, model.config.block_size))[None]
+    problem = None
+    model.eval()
+    try:
+        if not torch.allclose(model(idx), to_transformers(model)(idx).logits, atol=1e-3):
+            problem = "transformers' GPT-2 computes something else from its weights"
+    except Exception as error:  # the names or shapes of the weights differ
+        problem = " ".join(str(error).split())
+    model.train()
+    if problem is not None:
+        print(f"no hf/ at the end, the model is not GPT-2: {problem:.200}")
+    return problem is None
 
-        # once in a while: HellaSwag
-        if due(hella_every) and examples is not None:
-            with autocast, sdpa_kernel(ANY_LENGTH):
-                acc_norm = hellaswag.evaluate(raw_model, examples, B * T)["acc_norm"]
-            log(f"HellaSwag acc_norm {acc_norm:.4f}", hellaswag=acc_norm)
-            results["HellaSwag"] = acc_norm
+# -----------------------------------------------------------------------------
+# the launch
 
-        # once in a while: samples
-        if due(sample_every) and tokenizer is not None and master_process:
-            with autocast, sdpa_kernel(ANY_LENGTH):
-                for text in sample(raw_model, tokenizer, prompt, n_samples, seed):
-                    log(f"sample: {text}\n", sample=text)
-        if last_step:
-            break
+# the type of each constant; one that you add has the type of its value
+TYPES = {
+    str: "data encoding log_dir init_from optimizer prompt device dtype wandb_project",
+    bool: "compile wandb_log",
+    int: "seed n_layer n_head n_embd total_batch_size B T warmup_steps max_steps log_every "
+         "val_every val_steps hella_every sample_every save_every keep n_samples sample_tokens "
+         "top_k timeout",
+    float: "dropout max_lr min_lr weight_decay beta1 beta2 momentum grad_clip temperature"}
+TYPES = {name: kind for kind, names in TYPES.items() for name in names.split()}
+POSITIVE = "n_layer n_head n_embd total_batch_size B T val_steps timeout".split()
+BELOW_1 = "dropout beta1 beta2 momentum".split()
+CHOICES = {"optimizer": ("adamw", "muon"), "encoding": ("gpt2", "bytes"),
+           "dtype": ("auto", "bfloat16", "float16", "float32"), "device": ("cuda", "mps", "cpu")}
 
-        # one step of the optimization
-        t0 = time.perf_counter()
-        lr = get_lr(step, max_lr, min_lr, warmup_steps, max_steps)
-        for opt in optimizers:
-            for group in opt.param_groups:
-                group["lr"] = lr
-        torch.manual_seed(seed + step * world_size + rank)  # for dropout: same after resuming
+source = open(__file__, encoding="utf-8").read()
 
-        # a whole batch would need too much memory: add up the gradients of micro-batches
-        loss_accum = 0.0
-        for micro_step in range(grad_accum_steps):
-            x, y = train_loader.batch(step * grad_accum_steps + micro_step)
-            if ddp:
-                # DDP averages gradients over all ranks in the last backward only
-                model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
-            with autocast:
-                # divide, so that they add up to the mean over the whole batch
-                loss = model(x, y) / grad_accum_steps
-            loss_accum += loss.detach()
-            scaler.scale(loss).backward()
+def true_or_false(text):
+    if text.lower() not in ("true", "false", "1", "0"):
+        raise ValueError
+    return text.lower() in ("true", "1")
 
-        # clip the gradients, so that a bad batch does not move the weights far
-        for opt in optimizers:
-            scaler.unscale_(opt)  # in float16, they are scaled like the loss
-        norm = nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf).item()
+def kind_of(name):
+    return TYPES.get(name, type(constants[name]))
 
-        # the mean loss of all ranks; if one of them got a signal, all stop
-        train_loss, signals = mean_over_ranks([loss_accum.item(), len(stop_signals)], device)
-        stopping = signals > 0
+def nearest(name):
+    return difflib.get_close_matches(name, constants, n=1, cutoff=0)[0]
 
-        # infinities would ruin the weights: stop. But float16 has a scale above 1, which may
-        # have been too large: skip the update, and update() halves the scale
-        finite = math.isfinite(train_loss + norm)
-        if not finite and scaler.get_scale() <= 1:
-            sys.exit(f"step {step}: loss {train_loss}, gradient norm {norm}; lower --max_lr")
-        if finite:
-            with autocast:  # for the matrix products of Muon
-                for opt in optimizers:
-                    scaler.step(opt)
-        scaler.update()
-        raw_model.zero_grad()
+def parse_launch(argv):
+    """Returns the recipe and all constants: as in the file, replaced by the recipe, then flags."""
+    comments = dict(re.findall(r"^(\w+) = .*?  # (.*)", source, re.MULTILINE))
+    parser = argparse.ArgumentParser(
+        usage="train_gpt2.py [RECIPE] [--name=value ...]", description=__doc__,
+        formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, width=100),
+        add_help=False, allow_abbrev=False)
+    parser.error = sys.exit  # one line, exit status 1
+    default = "gpt2" if os.path.isdir("edu_fineweb10B") else "baby"
+    parser.add_argument("recipe", nargs="?", choices=recipes, default=default)
+    parser.add_argument("-h", "--help", action="store_true")
+    options = {}
+    for name in constants:
+        convert = {bool: true_or_false, tuple: ast.literal_eval, list: ast.literal_eval}
+        options[name] = parser.add_argument(
+            f"--{name}", type=convert.get(kind_of(name), kind_of(name)), default=argparse.SUPPRESS,
+            choices=CHOICES.get(name), help=comments.get(name, "").replace("%", "%%"))
 
-        dt = time.perf_counter() - t0
-        if due(log_every):
-            tokens_per_sec = total_batch_size / dt
-            mfu = tokens_per_sec * flops_per_token / (world_size * peak) if peak else None
-            line = (f"loss {train_loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | "
-                    f"{1000 * dt:.0f} ms | {tokens_per_sec:,.0f} tokens/s")
-            if mfu is not None:
-                line += f" | mfu {mfu:.1%}"
-            log(line, train_loss=train_loss, lr=lr, grad_norm=norm, dt=dt,
-                tokens_per_sec=tokens_per_sec, mfu=mfu)
+    flags, unknown = parser.parse_known_intermixed_args(argv)
+    flags = vars(flags)
+    recipe, wants_help = flags.pop("recipe"), flags.pop("help")
+    if unknown:
+        name = unknown[0].removeprefix("--").partition("=")[0]
+        sys.exit(f"{unknown[0]}: no such flag; the nearest is --{nearest(name)}")
+    for each, values in recipes.items():
+        for name in values:
+            if name not in constants:
+                sys.exit(f"recipe {each}: {name} is no constant; the nearest is {nearest(name)}")
 
-    if stopping:
-        print(f"stopped at step {step}; to continue, use the same flags, "
-              f"with --init_from=resume --encoding={encoding}")
-    elif writes_files:
-        if encoding == "gpt2":
-            raw_model.save_pretrained(f"{log_dir}/hf")
-        tokens = (step - start_step) * total_batch_size
-        minutes = (time.perf_counter() - t_start) / 60
-        results = [f"{name} {value:.4f}" for name, value in results.items()]
-        if device == "cuda":
-            results.append(f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of GPU memory")
-        done = f"done: {step} steps, {tokens:,} tokens, {minutes:.1f} minutes"
-        print(done, *results, log_dir, sep=", ")
-    if ddp:
-        mean_over_ranks([0], device)  # wait for all: rank 0 may still be saving
-        dist.destroy_process_group()
+    replaced = recipes[recipe] | flags
+    launch = constants | replaced
+    check_constants(launch)
+    launch["log_dir"] = os.path.normpath(launch["log_dir"])
+    for name in ("data", "log_dir", "init_from"):
+        launch[name] = os.path.expanduser(launch[name])
+    if wants_help:
+        for name, value in launch.items():
+            options[name].metavar = repr(value)
+        parser.print_help()
+        sys.exit()
+    print(f"recipe {recipe}:", *[f"{name}={value!r}" for name, value in replaced.items()])
+    return recipe, launch
+
+def check_constants(launch):
+    """Exits if a constant has another type than it should, or a value that can't work."""
+    for name, value in launch.items():
+        kind = kind_of(name)
+        problem = None
+        if type(value) is not kind and (type(value), kind) != (int, float):
+            problem = f"expected {kind.__name__}"
+        elif name in CHOICES and value not in CHOICES[name]:
+            problem = f"expected {' or '.join(CHOICES[name])}"
+        elif name in POSITIVE and value == 0:
+            problem = "expected a number above 0"
+        elif kind in (int, float) and not 0 <= value < 1e18:
+            problem = "expected a number from 0"
+        elif name in BELOW_1 and value >= 1:
+            problem = "expected a number below 1"
+        if problem is not None:
+            sys.exit(f"{name}={value!r}: {problem}")
+
+    if launch["min_lr"] > launch["max_lr"]:
+        sys.exit("min_lr={min_lr} is above max_lr={max_lr}".format_map(launch))
+    if launch["n_embd"] % launch["n_head"] != 0:
+        sys.exit("n_embd={n_embd} is no multiple of n_head={n_head}".format_map(launch))
+    if launch["total_batch_size"] % launch["T"] != 0:
+        sys.exit("total_batch_size={total_batch_size} is no multiple of T={T}".format_map(launch))
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.mps.is_available(), "cpu": True}
+    if not available[launch["device"]]:
+        sys.exit(f"device={launch['device']}: torch {torch.__version__} finds none")
+
+if __name__ == "__main__":
+    if os.environ.get("RANK", "0") != "0":  # remove this to see what the other processes print
+        sys.stdout = open(os.devnull, "w")
+    recipe, launch = parse_launch(sys.argv[1:])
+    constants.update(launch)
+    globals().update(launch)
+    with at_end:
+        main(recipe)

@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 # a model that trains in seconds, in float32, so that runs can be compared
 TINY = (
-    "--n_layer=2 --n_head=2 --n_embd=32 --T=32 --B=8 --total_batch_size=512 --val_steps=4 "
+    "baby --n_layer=2 --n_head=2 --n_embd=32 --T=32 --B=8 --total_batch_size=512 --val_steps=4 "
     "--warmup_steps=5 --log_every=1 --val_every=10 --sample_every=0 --sample_tokens=8 "
     "--dtype=float32 --compile=0 --device=cpu"
 ).split()
@@ -123,7 +123,7 @@ class Fork:
     already imported torch. That takes a tenth of the time. It has those methods of Popen that we
     need. It skips Python's own exit, so only runs under torchrun can test that."""
 
-    def __init__(self, *flags, cwd=".", env=None):
+    def __init__(self, *flags, cwd=".", env=None, script=ROOT / "train_gpt2.py"):
         import torch._dynamo  # noqa: F401, as torch.optim does
         from transformers import GPT2Config, GPT2LMHeadModel  # noqa: F401
 
@@ -141,10 +141,10 @@ class Fork:
                     os.dup2(file.fileno(), number)
                 sys.stdout = os.fdopen(1, "w", encoding="utf-8")
                 sys.stderr = os.fdopen(2, "w", errors="backslashreplace")
-                sys.argv = ["train_gpt2.py", *map(str, flags)]
+                sys.argv = [str(script), *map(str, flags)]
                 os.environ.update(env or {})
                 os.chdir(cwd)
-                runpy.run_path(str(ROOT / "train_gpt2.py"), run_name="__main__")
+                runpy.run_path(str(script), run_name="__main__")
                 status = 0
             except SystemExit as error:
                 status = error.code if isinstance(error.code, int) else int(error.code is not None)

@@ -101,9 +101,9 @@ class Run:
         flags = shape | dict(
             T=T, B=B, total_batch_size=total_batch_size, max_steps=max_steps, optimizer=optimizer,
             data=TEMP / "shards", log_dir=log_dir, warmup_steps=10, val_every=0, hella_every=0,
-            sample_every=0, save_every=0,
+            sample_every=0, save_every=0, log_every=1,
         )
-        command = [sys.executable, str(ROOT / "train_gpt2.py")]
+        command = [sys.executable, str(ROOT / "train_gpt2.py"), "gpt2"]
         command += [f"--{name}={value}" for name, value in flags.items()]
         self.total_batch_size = total_batch_size
         self.first_step = 0.0  # seconds from the launch to the end of the first step
@@ -183,14 +183,14 @@ if cuda:
     torch.set_float32_matmul_precision("high")
 dtype = train_gpt2.default_dtype(device)
 autocast = torch.autocast(device, getattr(torch, dtype), enabled=dtype != "float32")
-raw_model = train_gpt2.GPT(train_gpt2.GPTConfig(T, 50304, **shape)).to(device)
+raw_model = train_gpt2.GPT(train_gpt2.GPTConfig(T, **shape)).to(device)
 model = torch.compile(raw_model) if train_gpt2.compile else raw_model
 shards = train_gpt2.load_split(str(TEMP / "shards"), "val", "gpt2")
-loader = train_gpt2.TokenLoader(shards, B, T, 0, 1, device)
+loader = train_gpt2.TokenLoader(shards, B, T, 0, 1, device, 50257)
 with autocast:
-    train_gpt2.evaluate(model, loader, 1)  # compiles it
+    train_gpt2.evaluate(model, loader, range(B))  # compiles it
     start = clock()
-    train_gpt2.evaluate(model, loader, eval_batches)
+    train_gpt2.evaluate(model, loader, range(eval_batches * B))
     seconds = (clock() - start) / eval_batches
 all_tokens = train_gpt2.val_steps * train_gpt2.total_batch_size
 rows.append([f"s for an evaluation on {all_tokens:,} tokens (from {eval_batches} batches)",

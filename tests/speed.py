@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt2 as ours  # noqa: E402
 
 # n_layer, n_head, n_embd, T, B, vocab_size
-SHAPES = {"small": (4, 4, 128, 64, 32, 256), "gpt2": (12, 12, 768, 1024, 1, 50304)}
+SHAPES = {"small": (4, 4, 128, 64, 32, 256), "gpt2": (12, 12, 768, 1024, 1, 50257)}
 
 parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
 parser.add_argument("peers", nargs="*", help="nanoGPT's model.py, the others' train_gpt2.py")

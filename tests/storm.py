@@ -107,7 +107,7 @@ def storm(folder, kills, processes=1, seed=0, flags=()):
     assert not any(finish(rank, 600).returncode for rank in undisturbed)
     a, b = (load(run / f"ckpt_{50 * kills:06d}.pt") for run in (calm, stormy))
     for checkpoint in (a, b):
-        del checkpoint["config"], checkpoint["log_size"]
+        del checkpoint["config"], checkpoint["log_size"], checkpoint["run_id"]
     steps = [event["step"] for event in log_of(stormy) if "train_loss" in event]
     for name in ("train_loss", "grad_norm", "val_loss"):
         assert series(calm, name) == series(stormy, name), name

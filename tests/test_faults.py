@@ -39,15 +39,16 @@ def test_an_earlier_run_is_moved_aside(text, tmp_path):
 
 
 def test_resume_where_there_is_nothing_yet(text, tmp_path):
-    """The run starts from scratch and says so. It moves no run aside, even if one has a log."""
+    """The run starts from scratch and says so. What an earlier one left moves aside."""
     flags = f"--data={text}", f"--log_dir={tmp_path}/log", "--init_from=resume", "--max_steps=2"
     assert "no checkpoint" in train(*flags, "--save_every=0").stdout
     first = log_of(tmp_path / "log")
     assert "no checkpoint" in train(*flags, "--save_every=2").stdout
     for before, after in zip(first, log_of(tmp_path / "log"), strict=True):
         assert before.get("train_loss") == after.get("train_loss")
+    assert log_of(tmp_path / "log-1") == first
     assert "resuming at step 2" in train(*flags, "--save_every=2").stdout
-    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["log"]
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"log", "log-1"}
 
 
 def test_a_second_live_run_refuses(text, tmp_path):
@@ -86,11 +87,12 @@ def test_data_that_has_changed(tmp_path):
     flags = f"--data={tmp_path}", f"--log_dir={tmp_path}/log", "--max_steps=2", "--save_every=2"
     train(*flags)
     np.save(tmp_path / "train.npy", rng.integers(0, 50257, 20001, dtype=np.uint16))
-    assert "checksum was" in mistake(*flags, "--init_from=resume")
+    line = mistake(*flags, "--init_from=resume")
+    assert "train.npy had 20000 tokens, has 20001" in line and "--init_from=" in line
     np.save(tmp_path / "train.npy", rng.integers(0, 50257, 20000, dtype=np.uint16))
     train(*flags, "--init_from=resume")
     (tmp_path / "train.npy").rename(tmp_path / "train_0.npy")
-    assert "checksum was" in mistake(*flags, "--init_from=resume")
+    assert "train_0.npy had 0 tokens, has 20000" in mistake(*flags, "--init_from=resume")
 
 
 def test_checkpoint_of_another_run(text, tmp_path):
@@ -171,7 +173,7 @@ def test_never_is_never(text, tmp_path):
     never = [f"--{what}_every=0" for what in ("log", "val", "hella", "sample", "save")]
     result = train(f"--data={text}", f"--log_dir={tmp_path}/log", "--max_steps=2", *never)
     assert "done: 2 steps" in result.stdout and log_of(tmp_path / "log") == []
-    assert [path.name for path in (tmp_path / "log").iterdir()] == ["log.jsonl"]
+    assert {path.name for path in (tmp_path / "log").iterdir()} == {"log.jsonl", "train_gpt2.py"}
 
 
 def test_tokenizer_that_cannot_be_fetched(shards, tmp_path):
@@ -196,9 +198,10 @@ def test_init_from_nowhere(text, tmp_path):
 
 
 def test_context_longer_than_the_pretrained(shards, tmp_path):
-    from train_gpt2 import GPT, GPTConfig
+    from train_gpt2 import GPT, GPTConfig, save_pretrained
 
-    GPT(GPTConfig(block_size=16, n_layer=1, n_head=2, n_embd=8)).save_pretrained(tmp_path / "hf")
+    model = GPT(GPTConfig(block_size=16, n_layer=1, n_head=2, n_embd=8))
+    save_pretrained(model, tmp_path / "hf")
     flags = (
         f"--data={shards[0]}",
         f"--log_dir={tmp_path}/log",
@@ -299,7 +302,8 @@ def test_no_space_for_a_checkpoint(text, tmp_path):
     assert result.returncode == 1
     assert "warning: " in result.stdout and "ckpt_000004.pt can't be saved" in result.stdout
     assert "File too large" in result.stderr
-    assert {path.name for path in (tmp_path / "log").iterdir()} == {"log.jsonl", "ckpt_000002.pt"}
+    names = {path.name for path in (tmp_path / "log").iterdir()}
+    assert names == {"log.jsonl", "train_gpt2.py", "ckpt_000002.pt"}
     assert (tmp_path / "log" / "ckpt_000002.pt").read_bytes() == saved
     train(*flags, "--init_from=resume")  # works once there is room
     assert list(series(tmp_path / "log", "train_loss")) == list(range(6))
@@ -346,11 +350,11 @@ def test_a_damaged_log_is_kept(text, tmp_path):
     log.write_bytes(b"".join(lines) + b'{"ste')
     train(*flags, "--max_steps=6", "--init_from=resume")
     now = log.read_bytes().splitlines(keepends=True)
-    before_4 = [line for line in lines if not line.startswith(b'{"step": 4')]
-    assert now[: len(before_4)] == before_4
+    assert now[: len(lines)] == lines
     for step in (4, 5):
         assert sum(line.startswith(b'{"step": %d, "train_loss"' % step) for line in now) == 1
-    assert not any(line.startswith(b'{"step": 4, "val_loss"') for line in now)  # the old last step
+    # that of the old last step, which is measured no more
+    assert sum(line.startswith(b'{"step": 4, "val_loss"') for line in now) == 1
 
 
 WANDB = ["--max_steps=2", "--wandb_log=1"]
@@ -377,14 +381,11 @@ def test_wandb_that_is_not_installed(text, tmp_path):
     assert result.returncode == 1 and "No module named 'wandb'" in result.stderr
 
 
-def test_wandb_without_a_login_or_offline(text, tmp_path):
-    """Without a key it fails before anything is written; offline it works."""
+def test_wandb_without_a_login(text, tmp_path):
+    """A warning; the run goes on offline."""
     flags = [f"--data={text}", f"--log_dir={tmp_path}/log", *WANDB]
     home = {"HOME": str(tmp_path), "WANDB_API_KEY": "", "NETRC": str(tmp_path / "netrc")}
-    home["WANDB_DIR"] = str(tmp_path)
-    result = run(*flags, env=home)
-    assert result.returncode == 1 and "wandb login" in result.stderr
-    assert not list((tmp_path / "log").iterdir())
-    train(*flags, env={**home, "WANDB_MODE": "offline"})
+    result = train(*flags, env={**home, "WANDB_DIR": str(tmp_path)})
+    assert "warning: Weights & Biases" in result.stdout and "wandb login" in result.stdout
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
     assert len(series(tmp_path / "log", "train_loss")) == 2

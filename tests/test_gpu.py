@@ -1,6 +1,5 @@
 """What a GPU needs, as far as we can test it without one: graphs, FLOPs, float16, tests/gpu.py."""
 
-import inspect
 import json
 import math
 import os
@@ -26,8 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import train_gpt2
-from train_gpt2 import GPT, GPTConfig
+from train_gpt2 import GPT, GPTConfig, get_flops_per_token
 
 # runs the script with a compiler that keeps the graphs as they are; counts them at the end
 COUNTING = """
@@ -79,15 +77,11 @@ def test_flops_per_token(shape):
     n_layer, n_head, n_embd = shape
     B, T = 2, 1024
     with FakeTensorMode():  # has shapes, but no numbers
-        model = GPT(GPTConfig(T, 50304, n_layer, n_head, n_embd))
+        model = GPT(GPTConfig(T, 50257, n_layer, n_head, n_embd))
         idx = torch.zeros(B, T, dtype=torch.long)
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             model(idx, idx).backward()
-    source = inspect.getsource(train_gpt2)
-    [line] = [line for line in source.splitlines() if "flops_per_token =" in line]
-    n_params = sum(p.numel() for p in model.parameters())
-    names = {"n_params": n_params, "c": model.config, "T": T}
-    formula = eval(line.partition("=")[2], names)
+    formula = get_flops_per_token(model, T)
     vectors = sum(p.numel() for p in model.parameters() if p.dim() == 1)
     assert counter.get_total_flops() == B * T * (formula - 6 * vectors)
     assert 6 * vectors < 0.002 * formula
@@ -103,16 +97,16 @@ def float16_run(text, tmp_path_factory):
     return log_dir, flags
 
 
-def copy_until(log_dir, to, step, scale=None, weight=None):
-    """A copy of a run up to a step, with another scale or weight planted in its checkpoint."""
+def copy_until(log_dir, to, step, scale=None, weights=None):
+    """A copy of a run up to a step, with another scale or weights planted in its checkpoint."""
     to.mkdir()
     shutil.copy(log_dir / "log.jsonl", to)
     name = f"ckpt_{step:06d}.pt"
     checkpoint = load(log_dir / name)
     if scale is not None:
         checkpoint["scaler"]["scale"] = scale
-    if weight is not None:
-        checkpoint["model"]["transformer.ln_f.weight"].fill_(weight)
+    for tensor, value in (weights or {}).items():
+        checkpoint["model"][f"transformer.{tensor}"].fill_(value)
     torch.save(checkpoint, to / name)
     return to
 
@@ -155,7 +149,7 @@ def test_an_overflow_is_skipped(float16_run, tmp_path):
         more = [f"--log_dir={planted}", "--init_from=resume", "--save_every=1", "--max_steps=20"]
         train(*flags, *more, **how)
         norms = series(planted, "grad_norm")
-        skipped = [step for step in norms if not math.isfinite(norms[step])]
+        skipped = [step for step in norms if norms[step] is None]  # infinities, in JSON
         assert skipped == list(range(10, 10 + len(skipped))) and 2 <= len(skipped) <= 6
 
         before = load(planted / "ckpt_000010.pt")
@@ -175,12 +169,25 @@ def test_an_overflow_is_skipped(float16_run, tmp_path):
 
 
 def test_overflows_without_end_stop_the_run(float16_run, tmp_path):
-    """With an infinite weight, the scale falls from 4 to 1. Then one line names the step."""
+    """Weights whose loss is finite, but whose gradients overflow at any scale: it falls from 4
+    to 1. Then one line names the step."""
     log_dir, flags = float16_run
-    planted = copy_until(log_dir, tmp_path / "log", 10, scale=4.0, weight=math.inf)
+    weights = {"h.1.mlp.c_fc.bias": 3e4, "h.1.mlp.c_proj.weight": 0, "ln_f.weight": 100}
+    planted = copy_until(log_dir, tmp_path / "log", 10, scale=4.0, weights=weights)
     line = mistake(*flags, f"--log_dir={planted}", "--init_from=resume", "--max_steps=20")
-    assert line.startswith("step 12: loss nan, gradient norm nan; lower")
+    assert line.startswith("step 12: loss") and "gradient norm" in line and "lower" in line
     assert [event["step"] for event in log_of(planted)][-2:] == [10, 11]
+
+
+def test_a_loss_that_is_not_finite_stops_float16_at_once(float16_run, tmp_path):
+    """A smaller scale would not help. The checkpoint before it is named, and nothing is saved."""
+    log_dir, flags = float16_run
+    planted = copy_until(log_dir, tmp_path / "log", 10, weights={"ln_f.weight": math.inf})
+    shutil.copy(log_dir / "ckpt_000005.pt", planted)
+    more = f"--log_dir={planted}", "--init_from=resume", "--max_steps=20", "--val_every=0"
+    line = mistake(*flags, *more, "--save_every=1")
+    assert line.startswith("step 10: loss nan") and f"resume from {planted}/ckpt_000005.pt" in line
+    assert len(list(planted.glob("*.pt"))) == 2
 
 
 def test_resume_in_float16_after_another_dtype(text, tmp_path):

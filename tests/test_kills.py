@@ -130,23 +130,25 @@ def test_a_node_that_does_not_see_the_checkpoints(text, tmp_path):
     ]
     results = [finish(node, 60) for node in nodes]
     assert [result.returncode for result in results] == [1, 1]
-    assert "found another checkpoint" in results[0].stderr + results[1].stderr
+    assert "this rank is at step 10, others are not" in results[0].stderr
+    assert "this rank is at step 0, others are not" in results[1].stderr
 
 
 def test_resume_on_other_numbers_of_processes(text, tmp_path, straight):
-    """Two processes run to step 20, one to 30, four to the end, on the straight run's tokens."""
+    """Two processes run to step 10, three to 20, one to 30, five to the end, on the straight
+    run's tokens."""
     log_dir = tmp_path / "log"
     flags = [f"--data={text}", *RUN, "--dropout=0", "--keep=0", f"--log_dir={log_dir}"]
-    for step, processes, init_from in ((20, 2, "scratch"), (30, 1, "resume")):
-        ranks = fork_ranks(processes, *flags, f"--init_from={init_from}")
+    for step, processes in ((10, 2), (20, 3), (30, 1)):
+        ranks = fork_ranks(processes, *flags, "--init_from=resume")
         wait_for((log_dir / f"ckpt_{step:06d}.pt").exists, ranks[0])
         for rank in ranks:
             kill(rank)
         for path in log_dir.glob("ckpt_*.pt"):
             if path.name > f"ckpt_{step:06d}.pt":
                 path.unlink()
-    # by torchrun, since that also shows whether all four exit well
-    last = finish(start(*flags, "--init_from=resume", "--B=2", processes=4))
+    # by torchrun, since that also shows whether all five exit well
+    last = finish(start(*flags, "--init_from=resume", "--B=2", processes=5))
     assert last.returncode == 0, last.stdout + last.stderr
     found, expected = (series(run, "train_loss") for run in (tmp_path / "log", straight))
     assert list(found) == list(range(40))

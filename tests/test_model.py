@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import in_a_fork
 
-from train_gpt2 import GPT, GPTConfig
+from train_gpt2 import GPT, GPTConfig, from_pretrained, is_gpt2, save_pretrained
 
 SMALL = GPTConfig(block_size=16, vocab_size=50, n_layer=3, n_head=4, n_embd=32)
 
@@ -30,16 +30,18 @@ def model():
 def test_parameters_of_the_four_sizes(shape, count):
     with torch.device("meta"):
         model = GPT(GPTConfig(1024, 50257, *shape))
-    assert sum(p.numel() for p in model.parameters()) == count
+    padding = len(model.lm_head.weight) - 50257
+    assert sum(p.numel() for p in model.parameters()) == count + padding * shape[2]
+    assert len(model.lm_head.weight) == 50304
 
 
 def test_initial_loss_is_that_of_a_uniform_guess():
     torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=64, vocab_size=50304, n_layer=2, n_head=2, n_embd=64))
+    model = GPT(GPTConfig(block_size=64, n_layer=2, n_head=2, n_embd=64))
     x = torch.randint(50257, (4, 65))
     loss = model(x[:, :-1], x[:, 1:])
     assert loss.dtype == torch.float32
-    assert abs(loss.item() - math.log(50304)) < 0.1
+    assert abs(loss.item() - math.log(50257)) < 0.1
 
 
 def test_initialization(model):
@@ -125,31 +127,67 @@ def test_parity_with_transformers_there_and_back(tmp_path):
 
     theirs = transformers_model()
     theirs.save_pretrained(tmp_path / "theirs")
-    ours = GPT.from_pretrained(tmp_path / "theirs").eval()
+    ours = from_pretrained(tmp_path / "theirs").eval()
     x = torch.randint(50257, (2, 64))
     with torch.no_grad():
         expected = theirs(x).logits
         assert torch.allclose(ours(x), expected, atol=1e-4)
-        ours.save_pretrained(tmp_path / "ours")
+        save_pretrained(ours, tmp_path / "ours")
         assert torch.equal(
             GPT2LMHeadModel.from_pretrained(tmp_path / "ours").eval()(x).logits, expected
         )
-        assert torch.equal(GPT.from_pretrained(tmp_path / "ours").eval()(x), ours(x))
+        assert torch.equal(from_pretrained(tmp_path / "ours").eval()(x), ours(x))
 
 
 def test_padding_stays_inside(tmp_path):
-    """Of 50304 rows, the last 47 are never sampled, and are cut off when saved."""
+    """The vocabulary of 50257 has 50304 rows. The last 47 have no scores, change no loss, are
+    never sampled and never saved."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=8, vocab_size=50304, n_layer=1, n_head=1, n_embd=16)).eval()
+    model = GPT(GPTConfig(block_size=8, n_layer=1, n_head=1, n_embd=16)).eval()
+    x = torch.randint(50257, (4, 9))
+    loss = model(x[:, :-1], x[:, 1:])
     with torch.no_grad():
         model.transformer.ln_f.bias.fill_(1.0)
+        expected = model(x[:, :-1], x[:, 1:])
         model.lm_head.weight[50257:] = 10.0  # by far the likeliest
-    x = torch.zeros(64, 1, dtype=torch.long)
-    assert model(x).argmax(-1).min() >= 50257
-    assert model.generate(x, 10).max() < 50257
-    model.save_pretrained(tmp_path)
+    assert loss != expected == model(x[:, :-1], x[:, 1:])
+    assert model(x[:, :-1]).shape == (4, 8, 50257)
+    assert model.generate(torch.zeros(64, 1, dtype=torch.long), 10).max() < 50257
+    save_pretrained(model, tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["vocab_size"] == 50257
-    assert GPT.from_pretrained(tmp_path).lm_head.weight.shape == (50257, 16)
+    found = from_pretrained(tmp_path)
+    assert found.config.vocab_size == 50257 and found.lm_head.weight.shape == (50304, 16)
+    assert (found.lm_head.weight[50257:] == 0).all()
+
+
+def test_targets_of_minus_100_have_no_loss(model):
+    """They count in the mean, so that a loss can be scaled by the number of rows."""
+    x = torch.randint(50, (3, 9))
+    y = x[:, 1:].clone()
+    two = model(x[:2, :-1], y[:2])
+    y[2] = -100
+    assert model(x[:, :-1], y).item() == pytest.approx(two.item() * 2 / 3, abs=1e-6)
+    y[:] = -100
+    assert model(x[:, :-1], y).item() == 0
+
+
+class WithoutPositions(GPT):
+    def __init__(self, config):
+        super().__init__(config)
+        del self.transformer["wpe"]
+
+
+class WithAnotherActivation(GPT):
+    def logits(self, hidden):
+        return super().logits(hidden.relu())
+
+
+def test_a_changed_architecture_is_noticed(model, capsys):
+    """By its weights, or by what it computes from the same weights."""
+    assert is_gpt2(model) and model.training and not capsys.readouterr().out
+    for changed in (WithoutPositions(SMALL), WithAnotherActivation(SMALL)):
+        assert not is_gpt2(changed)
+        assert "no hf/" in capsys.readouterr().out
 
 
 def test_generate(model):
