@@ -2,7 +2,7 @@
 HellaSwag (Zellers et al. 2019, arxiv.org/abs/1905.07830): which of four endings continues a text?
 
     python hellaswag.py gpt2                    # or gpt2-medium, gpt2-large, gpt2-xl
-    python hellaswag.py log/gpt2/hf --show=3    # a folder that save_pretrained has written
+    python hellaswag.py log/gpt2 --show=3       # the folder of a run, or one of Hugging Face's
 
 A model's losses on the tokens of an ending add up to -log p(ending | context). acc is how often
 the right ending has the lowest sum. acc_norm is how often it has the lowest mean, which does
@@ -131,19 +131,22 @@ def ending_losses(model, batch):
     means = sums / mask.sum(1).view(-1, 4)
     return sums.cpu(), means.cpu()
 
-def evaluate(model, examples, batch_tokens=16384, should_stop=lambda: False, progress=False):
+def evaluate(model, examples, batch_tokens=16384, should_stop=lambda: False):
     """Scores our GPT or transformers' GPT2LMHeadModel; the ranks share the examples.
     "cut" counts rows too long for the model. If a loss is not finite, all ranks exit. If a
     rank is asked to stop, all of them return None."""
+    hide = None  # tqdm shows its bar on a terminal only
     if dist.is_initialized():
         examples = examples[dist.get_rank()::dist.get_world_size()]
+        hide = True if dist.get_rank() > 0 else None
     limit = context_length(model) + 1
     cut = sum(len(row) > limit for example in examples for row in example.rows)
 
     was_training = model.training
     model.eval()
     correct = correct_norm = not_finite = 0
-    for batch in tqdm(list(batches(examples, batch_tokens)), "HellaSwag", disable=not progress):
+    all_batches = list(batches(examples, batch_tokens))
+    for batch in tqdm(all_batches, "HellaSwag", leave=False, disable=hide):
         if should_stop():
             break
         sums, means = ending_losses(model, batch)
@@ -170,7 +173,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(usage=__doc__)
     parser.error = sys.exit  # one line, exit status 1
     gpu = torch.accelerator.current_accelerator(check_available=True)
-    parser.add_argument("model", help="gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder")
+    parser.add_argument("model", help="gpt2 ... gpt2-xl, or the folder of a run or of a model")
     parser.add_argument("--data", type=Path, default=FILE, help="examples in the same format")
     parser.add_argument("--device", default=str(gpu or "cpu"))
     parser.add_argument("--batch_tokens", type=int, default=16384, help="lower saves memory")
@@ -179,20 +182,14 @@ if __name__ == "__main__":
     args = parser.parse_args()
     if args.limit < 1:
         sys.exit("--limit has to be positive")
-    from transformers import GPT2LMHeadModel
+    from train_gpt2 import load_weights
     try:
         examples = load_examples(args.data)[:args.limit]
-        model, info = GPT2LMHeadModel.from_pretrained(args.model, output_loading_info=True)
-        model.to(args.device, torch.float32)
-    except Exception as error:  # from transformers, safetensors or the device
-        sys.exit(f"{args.model} on {args.data}: {' '.join(str(error).split())}")
-    # transformers fills missing weights with random numbers
-    if info["missing_keys"] or model.config.vocab_size < 50257:
-        sys.exit(f"{args.model}: not a GPT-2, it lacks weights or tokens")
-    # the same function in one kernel instead of eight
-    if model.config.activation_function == "gelu_new":
-        for block in model.transformer.h:
-            block.mlp.act = torch.nn.GELU(approximate="tanh")
+        model = load_weights(args.model, dropout=0.0).to(args.device)
+    except (ValueError, RuntimeError) as error:  # of the examples, or of the device
+        sys.exit(" ".join(str(error).split()))
+    if model.config.vocab_size < 50257:
+        sys.exit(f"{args.model} has {model.config.vocab_size} tokens, GPT-2's tokenizer 50257")
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU
 
     decode = tiktoken.get_encoding("gpt2").decode
@@ -203,7 +200,7 @@ if __name__ == "__main__":
             mark = "right" if i == example.label else "     "
             print(f" {mark} {means[0, i]:.4f} {decode(row[example.n_context:])}")
 
-    result = evaluate(model, examples, args.batch_tokens, progress=True)
+    result = evaluate(model, examples, args.batch_tokens)
     if result["cut"]:
         print(f"{result['cut']} rows are too long for the model and lost their left end")
     print(f"acc {result['correct']}/{result['total']}={result['acc']:.4f}")

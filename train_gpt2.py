@@ -27,6 +27,7 @@ import secrets
 import signal
 import sys
 import time
+import traceback
 import zipfile
 from dataclasses import dataclass
 from datetime import timedelta
@@ -168,14 +169,20 @@ class MLP(nn.Module):
     def forward(self, x):
         return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # as in OpenAI's code
 
+class LayerNorm(nn.LayerNorm):
+    """Keeps the dtype of its input: under autocast, torch's own returns 32 bits."""
+
+    def forward(self, x):
+        return super().forward(x).to(x.dtype)
+
 class Block(nn.Module):
     """Attention and MLP each read the normalized residual stream and add to it."""
 
     def __init__(self, config):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.ln_1 = LayerNorm(config.n_embd)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.ln_2 = LayerNorm(config.n_embd)
         self.mlp = MLP(config)
         self.drop = nn.Dropout(config.dropout)
 
@@ -198,7 +205,7 @@ class GPT(nn.Module):
             wpe=nn.Embedding(config.block_size, config.n_embd),
             drop=nn.Dropout(config.dropout),
             h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-            ln_f=nn.LayerNorm(config.n_embd)))
+            ln_f=LayerNorm(config.n_embd)))
         self.lm_head = nn.Linear(config.n_embd, n_rows, bias=False)
         # weight tying: similar tokens should have similar embeddings, and similar scores
         self.transformer.wte.weight = self.lm_head.weight
@@ -506,8 +513,12 @@ def sample(model, tokenizer, prompt, n_samples, max_new_tokens, temperature, top
     torch.manual_seed(seed)  # training is not affected: it sets a new seed in each step
     idx = model.generate(idx, max_new_tokens, temperature, top_k)
     model.train()
-    texts = [tokenizer.decode(tokens) for tokens in idx[:, len(start):].tolist()]
-    return [prompt + printable(text.partition("<|endoftext|>")[0]) for text in texts]
+    texts = []
+    for tokens in idx[:, len(start):].tolist():
+        # a model may have more tokens than its tokenizer
+        text = tokenizer.decode([token for token in tokens if token < tokenizer.n_vocab])
+        texts.append(prompt + printable(text.partition("<|endoftext|>")[0]))
+    return texts
 
 def printable(text):
     """Shows control characters as "?", since a model of bytes could upset a terminal."""
@@ -738,7 +749,9 @@ class Log:
 
     def write(self, event):
         """Writes a line. JSON has no infinities: they become null."""
-        event = {k: None if v in (math.inf, -math.inf) or v != v else v for k, v in event.items()}
+        for name, value in event.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                event[name] = None
         try:
             if self.file is not None:
                 self.file.write(json.dumps(event) + "\n")
@@ -776,41 +789,52 @@ class Log:
 
 def connect_wandb(log_dir, run_id, config):
     """Begins or continues a run there. Without a login or the service, it goes on offline."""
+    os.environ.setdefault("WANDB_INIT_TIMEOUT", "30")  # seconds
     import wandb
     how = dict(project=wandb_project, name=log_dir, id=run_id, resume="allow", config=config)
     try:
-        return wandb.init(**how, settings=wandb.Settings(init_timeout=30))
+        run = wandb.init(**how)
     except Exception as error:
         print(f"warning: Weights & Biases, offline (wandb sync sends it later): {error!s:.200}")
-        return wandb.init(**how, mode="offline")
+        wandb.teardown()
+        run = wandb.init(**how, mode="offline")
+    at_end.callback(run.finish)
+    return run
 
 def lock_folder(log_dir):
     """Makes the folder, and keeps other runs out of it until this one ends."""
+    folder = os.path.realpath(log_dir)
+    if folder == os.path.dirname(os.path.realpath(__file__)):
+        sys.exit(f"--log_dir={log_dir}: a run needs a folder of its own, not that of the script")
     try:
-        os.makedirs(log_dir, exist_ok=True)
+        os.makedirs(folder, exist_ok=True)
     except OSError as error:
         sys.exit(f"--log_dir={log_dir}: {error}")
-    lock = FileLock(f"{log_dir}.lock")
+    lock = FileLock(f"{folder}.lock")
     try:
         lock.acquire(timeout=0)
         at_end.callback(lock.release)
     except Timeout:
-        sys.exit(f"another run holds {log_dir}.lock; choose another --log_dir")
+        sys.exit(f"another run holds {folder}.lock; choose another --log_dir")
     except OSError as error:  # some network drives have no locks
-        print(f"warning: {log_dir}.lock can't be locked: {error}")
+        print(f"warning: {folder}.lock can't be locked: {error}")
 
 def move_aside(log_dir):
-    """Moves the files of an older run from log/gpt2, say, to log/gpt2-1, or -2, ..."""
-    if not os.path.exists(f"{log_dir}/log.jsonl"):
-        return
-    n = 1
-    while os.path.exists(f"{log_dir}-{n}"):
-        n += 1
-    os.makedirs(f"{log_dir}-{n}")
-    patterns = "ckpt_*.pt", "hf", "train_gpt2*.py", "log.jsonl"  # without the last, it is no run
-    for name in [name for pattern in patterns for name in glob.glob(pattern, root_dir=log_dir)]:
-        os.rename(f"{log_dir}/{name}", f"{log_dir}-{n}/{name}")
-    print(f"moved the older run in {log_dir} to {log_dir}-{n}")
+    """Moves what an older run has written from log/gpt2, say, to log/gpt2-1, or -2, ...
+    Other files in the folder stay."""
+    patterns = ["ckpt_*.pt", "hf"]
+    if os.path.exists(f"{log_dir}/log.jsonl"):
+        patterns += ["train_gpt2*.py", "log.jsonl"]  # the log comes last, in case of a kill
+    names = [name for pattern in patterns for name in glob.glob(pattern, root_dir=log_dir)]
+    if names:
+        folder = os.path.realpath(log_dir)  # if it is a link, stay on the same disk
+        n = 1
+        while os.path.exists(f"{folder}-{n}"):
+            n += 1
+        os.makedirs(f"{folder}-{n}")
+        for name in names:
+            os.rename(f"{folder}/{name}", f"{folder}-{n}/{name}")
+        print(f"moved the older run in {log_dir} to {folder}-{n}")
 
 def copy_script(log_dir, start_step):
     """Keeps this script as it was launched, and again for a resumed run that has edited it."""
@@ -895,10 +919,11 @@ def check_run(config, checkpoint):
             sys.exit(f"{data}: {n_windows} windows of {T} tokens, but a step takes "
                      f"{windows_per_step}; lower --total_batch_size")
         if checkpoint is not None:
-            check_resume(config, checkpoint["config"])
+            check_resume(config, checkpoint["config"], step)
 
-def check_resume(config, saved):
-    """Exits if a resumed run would have another model, optimizer or order of data."""
+def check_resume(config, saved, step):
+    """Exits if a resumed run would have another model, optimizer or order of data. Prints what
+    else has changed."""
     fixed = "seed T total_batch_size n_layer n_head n_embd optimizer encoding".split()
     changed = [f"{k} was {saved[k]}, is {config[k]}" for k in fixed if saved[k] != config[k]]
     if changed:
@@ -909,6 +934,13 @@ def check_resume(config, saved):
     if changed:
         sys.exit(f"can't resume, the data has changed: {'; '.join(changed[:3])}; "
                  f"--init_from={log_dir} with another --log_dir begins a new run from its weights")
+    for name in config:
+        if name not in ("init_from", "model") and config[name] != saved.get(name):
+            print(f"changed since the checkpoint: {name} was {saved.get(name)}, is {config[name]}")
+    schedule = "max_lr", "min_lr", "warmup_steps", "max_steps"
+    lr_before, lr = (get_lr(step, *[c[name] for name in schedule]) for c in (saved, config))
+    if lr != lr_before:
+        print(f"so the learning rate at step {step} was {lr_before:.2e}, is {lr:.2e}")
 
 def check_finite(step, loss, norm=0.0):
     """Exits if a loss or a gradient norm is infinite or not a number."""
@@ -1057,15 +1089,30 @@ def load_weights(source, dropout):
         source = f"{source}/hf"
     try:
         return from_pretrained(source, dropout)
-    except OSError as error:
-        reason = str(error).splitlines()[0]
-        sys.exit(f"--init_from={source}: no run, no GPT-2 in such a folder or on the hub: {reason}")
+    except Exception as error:  # those of transformers and safetensors have no common base
+        reason = " ".join(str(error).split())
+        sys.exit(f"{source}: no run, and no GPT-2 in a folder or on the hub: {reason:.300}")
+
+# what a config has to say; with other values, the same weights are another function
+GPT2_ONLY = dict(
+    model_type=["gpt2"], activation_function=["gelu_new", "gelu_pytorch_tanh"],
+    layer_norm_epsilon=[1e-5], scale_attn_weights=[True], scale_attn_by_inverse_layer_idx=[False],
+    tie_word_embeddings=[True], add_cross_attention=[False])
 
 def from_pretrained(name, dropout=0.0):
-    """Loads a GPT-2 from a folder or, by name, from the hub. Raises OSError if it can't."""
-    from transformers import GPT2LMHeadModel
-    theirs = GPT2LMHeadModel.from_pretrained(name)
-    c = theirs.config
+    """Loads a GPT-2 from a folder or, by name, from the hub. Raises OSError if there is none, and
+    ValueError naming the field or the weight if it is not GPT-2's function."""
+    from transformers import AutoConfig, GPT2LMHeadModel
+    c = AutoConfig.from_pretrained(name)
+    for field, values in GPT2_ONLY.items():
+        if getattr(c, field, None) not in values:
+            raise ValueError(f"{field} is {getattr(c, field, None)}, in GPT-2 it is {values[0]}")
+    if c.n_inner not in (None, 4 * c.n_embd):
+        raise ValueError(f"n_inner is {c.n_inner}, in GPT-2 it is 4 * n_embd = {4 * c.n_embd}")
+    theirs, info = GPT2LMHeadModel.from_pretrained(name, output_loading_info=True)
+    wrong = [*info["missing_keys"], *(k for k in info["unexpected_keys"] if ".h." in k)]
+    if wrong:
+        raise ValueError(f"these weights are missing, or have no place: {', '.join(sorted(wrong))}")
     model = GPT(GPTConfig(c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd, dropout))
     state = transpose_conv1d(theirs.state_dict())
     padding = len(model.lm_head.weight) - c.vocab_size
@@ -1213,8 +1260,16 @@ def check_constants(launch):
 if __name__ == "__main__":
     if os.environ.get("RANK", "0") != "0":  # remove this to see what the other processes print
         sys.stdout = open(os.devnull, "w")
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # samples hold any character
     recipe, launch = parse_launch(sys.argv[1:])
     constants.update(launch)
     globals().update(launch)
-    with at_end:
-        main(recipe)
+    try:
+        with at_end:
+            main(recipe)
+    except Exception as error:
+        if not type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+            raise
+        traceback.print_exc()
+        sys.exit("torch.compile has failed: it needs a C compiler; or use --compile=false")

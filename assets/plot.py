@@ -9,20 +9,30 @@ GPT-2 (124M) on FineWeb-Edu's validation shard and on HellaSwag, GPT-3 (124M) on
 """
 import argparse
 import json
+import os
+import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 
 
 def read_log(log_dir):
-    """Returns the constants of a run, and its events."""
-    lines = Path(log_dir, "log.jsonl").read_text().splitlines()
-    first, *events = map(json.loads, lines)
-    return first["constants"], events
+    """Returns the constants of a run, and its events. Exits if there are none yet."""
+    objects = []
+    try:
+        for line in Path(log_dir, "log.jsonl").read_text(errors="replace").splitlines():
+            try:
+                objects.append(json.loads(line))
+            except ValueError:  # cut off, if the run was killed while it wrote
+                print(f"{log_dir}: this line is not JSON: {line[:80]}", file=sys.stderr)
+        constants, *events = objects
+        return constants["constants"], events
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        sys.exit(f"{log_dir}: no log of a run: {error}")
 
 def draw(axes, events, name, **style):
     """Draws one series of the log, say val_loss, over the steps."""
-    points = [(event["step"], event[name]) for event in events if name in event]
+    points = [(event["step"], event[name]) for event in events if event.get(name) is not None]
     axes.plot([step for step, _ in points], [value for _, value in points], **style)
 
 def draw_reference(axes, value, label):
@@ -41,9 +51,12 @@ n_plots = 2 if with_hellaswag else 1
 figure, (plots,) = plt.subplots(1, n_plots, figsize=(7 * n_plots, 4.5), squeeze=False)
 
 losses = []
+# log/muon and log/adamw are muon and adamw, but old/muon and log/muon keep their folders
+common = os.path.commonpath([Path(log_dir).absolute().parent for log_dir in runs])
 for i, (log_dir, (_, events)) in enumerate(runs.items()):
-    style = dict(color=f"C{i}", marker="o", markersize=4, label=Path(log_dir).name)
-    losses += [event["train_loss"] for event in events if "train_loss" in event]
+    label = os.path.relpath(log_dir, common)
+    style = dict(color=f"C{i}", marker="o", markersize=4, label=label)
+    losses += [e["train_loss"] for e in events if e.get("train_loss") is not None]
     draw(plots[0], events, "train_loss", color=f"C{i}", linewidth=0.8)
     draw(plots[0], events, "val_loss", **style, linestyle="")
     if with_hellaswag:
@@ -53,8 +66,8 @@ for i, (log_dir, (_, events)) in enumerate(runs.items()):
 losses.sort()
 if losses:
     plots[0].set_ylim(top=losses[int(0.96 * len(losses))])
-# 3.29 is a loss per GPT-2 token, so it is drawn only for shards
-if any(c["model"]["vocab_size"] > 256 and not Path(c["data"]).suffix for c, _ in runs.values()):
+# GPT-2's loss on FineWeb-Edu's validation shard: only for runs on those shards
+if any("fineweb" in str(c["data"]).lower() for c, _ in runs.values()):
     draw_reference(plots[0], 3.29, "GPT-2 (124M) on FineWeb-Edu")
 if with_hellaswag:
     draw_reference(plots[1], 0.2955, "GPT-2 (124M)")

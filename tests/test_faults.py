@@ -1,5 +1,6 @@
 """What goes wrong around a run: folders, checkpoints, terminals, memory."""
 
+import json
 import os
 import pickle
 import subprocess
@@ -15,6 +16,7 @@ from conftest import (
     Fork,
     assert_same_tensors,
     command,
+    fork,
     kill,
     load,
     log_of,
@@ -23,6 +25,7 @@ from conftest import (
     series,
     train,
     wait_for,
+    world,
 )
 
 
@@ -357,9 +360,6 @@ def test_a_damaged_log_is_kept(text, tmp_path):
     assert sum(line.startswith(b'{"step": 4, "val_loss"') for line in now) == 1
 
 
-WANDB = ["--max_steps=2", "--wandb_log=1"]
-
-
 def test_steps_that_were_not_logged(text, tmp_path):
     """A checkpoint knows its place in the log, even if the run that saved it wrote no line."""
     flags = f"--data={text}", f"--log_dir={tmp_path}/log", "--save_every=2"
@@ -373,19 +373,183 @@ def test_steps_that_were_not_logged(text, tmp_path):
     assert list(series(tmp_path / "log", "train_loss")) == [0, 1, 4, 5]
 
 
-def test_wandb_that_is_not_installed(text, tmp_path):
-    (tmp_path / "path").mkdir()
-    (tmp_path / "path" / "wandb.py").write_text("raise ImportError(\"No module named 'wandb'\")")
-    path = {"PYTHONPATH": str(tmp_path / "path")}
-    result = run(f"--data={text}", f"--log_dir={tmp_path}/log", *WANDB, env=path)
-    assert result.returncode == 1 and "No module named 'wandb'" in result.stderr
+def files(folder):
+    """{name: contents} of all files below a folder."""
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
-def test_wandb_without_a_login(text, tmp_path):
-    """A warning; the run goes on offline."""
-    flags = [f"--data={text}", f"--log_dir={tmp_path}/log", *WANDB]
-    home = {"HOME": str(tmp_path), "WANDB_API_KEY": "", "NETRC": str(tmp_path / "netrc")}
-    result = train(*flags, env={**home, "WANDB_DIR": str(tmp_path)})
-    assert "warning: Weights & Biases" in result.stdout and "wandb login" in result.stdout
-    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
-    assert len(series(tmp_path / "log", "train_loss")) == 2
+def test_resume_where_the_checkpoints_are_gone(shards, tmp_path):
+    """The log and hf/ of the finished run move aside; they are not overwritten."""
+    flags = f"--data={shards[0]}", f"--log_dir={tmp_path}/log", "--max_steps=2", "--hella_every=0"
+    train(*flags)
+    (tmp_path / "log" / "ckpt_000002.pt").unlink()
+    before = files(tmp_path / "log")
+    assert "hf/model.safetensors" in before and "log.jsonl" in before
+    assert "no checkpoint" in train(*flags, "--init_from=resume", "--seed=2").stdout
+    assert files(tmp_path / "log-1") == before
+    assert (tmp_path / "log" / "ckpt_000002.pt").exists()
+
+
+def test_a_folder_of_other_things_is_used(text, tmp_path):
+    """It is not renamed. Of two runs in it, only what the first has written moves aside, and not
+    the folders of other runs."""
+    folder = tmp_path / "proj"
+    (folder / "gpt2").mkdir(parents=True)
+    mine = {"notes.txt": b"mine", "train_gpt2.py": b"mine, too", "gpt2/log.jsonl": b"a run"}
+    for name, content in mine.items():
+        (folder / name).write_bytes(content)
+    flags = f"--data={text}", f"--log_dir={folder}", "--max_steps=1"
+    train(*flags)
+    assert not (tmp_path / "proj-1").exists()
+    assert mine.items() <= files(folder).items()
+    train(*flags)
+    assert set(files(tmp_path / "proj-1")) == {
+        *("log.jsonl", "ckpt_000001.pt", "train_gpt2.py", "train_gpt2_000000.py")
+    }
+    for name in ("notes.txt", "gpt2/log.jsonl"):
+        assert files(folder)[name] == mine[name]
+
+
+def test_checkpoints_without_a_log_are_not_mixed_with_new_ones(text, tmp_path):
+    flags = f"--data={text}", f"--log_dir={tmp_path}/log", "--max_steps=2"
+    train(*flags)
+    (tmp_path / "log" / "log.jsonl").unlink()
+    before = files(tmp_path / "log")
+    train(*flags, "--seed=2", "--keep=1")
+    assert files(tmp_path / "log-1")["ckpt_000002.pt"] == before["ckpt_000002.pt"]
+
+
+def test_a_link_as_log_dir(text, tmp_path):
+    """An older run stays on the disk that the link leads to."""
+    (tmp_path / "disk" / "run").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "run")
+    for _ in range(2):
+        train(f"--data={text}", f"--log_dir={tmp_path}/link", "--max_steps=1")
+    assert (tmp_path / "link").is_symlink()
+    for name in ("run", "run-1"):
+        assert (tmp_path / "disk" / name / "ckpt_000001.pt").exists()
+
+
+def test_the_current_folder_as_log_dir(text, tmp_path):
+    (tmp_path / "here").mkdir()
+    flags = [*TINY, f"--data={text}", "--log_dir=.", "--max_steps=1"]
+    for _ in range(2):
+        assert fork(*flags, cwd=tmp_path / "here").returncode == 0
+    for name in ("here", "here-1"):
+        assert (tmp_path / name / "ckpt_000001.pt").exists()
+
+
+def test_the_script_s_own_folder_as_log_dir(text):
+    before = (ROOT / "train_gpt2.py").stat()
+    assert "a folder of its own" in mistake(f"--data={text}", f"--log_dir={ROOT}")
+    assert (ROOT / "train_gpt2.py").stat() == before
+
+
+def test_the_home_folder_in_paths(text, tmp_path):
+    (tmp_path / "my.txt").write_bytes(text.read_bytes())
+    flags = [*TINY, "--data=~/my.txt", "--log_dir=~/runs/a", "--max_steps=1"]
+    assert fork(*flags, env={"HOME": str(tmp_path)}, cwd=tmp_path).returncode == 0
+    assert (tmp_path / "runs" / "a" / "ckpt_000001.pt").exists()
+    more = "--init_from=~/runs/a", "--log_dir=b"
+    assert fork(*flags, *more, env={"HOME": str(tmp_path)}, cwd=tmp_path).returncode == 0
+    assert not (tmp_path / "~").exists()
+
+
+def test_the_log_is_json(text, tmp_path):
+    """Also where a number is not finite: NaN and Infinity are not JSON."""
+
+    def refuse(constant):
+        raise ValueError(constant)
+
+    flags = [f"--data={text}", f"--log_dir={tmp_path}/log", "--max_steps=4", "--save_every=2"]
+    train(*flags, "--max_steps=2")
+    path = tmp_path / "log" / "ckpt_000002.pt"
+    checkpoint = load(path)
+    checkpoint["model"]["transformer.ln_f.weight"].fill_(float("nan"))
+    torch.save(checkpoint, path)
+    result = run(*flags, "--init_from=resume", "--val_every=2")
+    assert result.returncode == 1 and "step 2: loss nan" in result.stderr
+    lines = (tmp_path / "log" / "log.jsonl").read_text().splitlines()
+    events = [json.loads(line, parse_constant=refuse) for line in lines]
+    assert events[-1] == {"step": 2, "val_loss": None}
+    assert sorted((tmp_path / "log").glob("*.pt")) == [path]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits on Linux")
+def test_no_space_for_a_log_line(text, tmp_path):
+    """A warning; training goes on until something has to be saved."""
+    (tmp_path / "full.py").write_text(FULL)
+    python, *rest = command(f"--data={text}", f"--log_dir={tmp_path}/log", "--max_steps=20")
+    result = subprocess.run(
+        # the prompt is in the log's first line
+        [python, f"{tmp_path}/full.py", "100000", *rest, "--n_embd=8", f"--prompt={'x' * 97000}"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert "log.jsonl: [Errno 27] File too large" in result.stdout
+    assert "step    19/20 | loss" in result.stdout and "step    20/20 | val loss" in result.stdout
+
+
+def test_what_has_changed_is_said_when_a_run_is_extended(text, tmp_path):
+    """The constants and the learning rate. The last evaluation stays in the log."""
+    flags = f"--data={text}", f"--log_dir={tmp_path}/log", "--val_every=10", "--warmup_steps=0"
+    train(*flags, "--max_steps=12")
+    last = series(tmp_path / "log", "val_loss")[12]
+    said = train(*flags, "--max_steps=24", "--init_from=resume", "--max_lr=4e-3").stdout
+    assert "max_steps was 12, is 24" in said and "max_lr was 0.008, is 0.004" in said
+    assert "learning rate at step 12 was 5.00e-04, is 2.25e-03" in said
+    assert series(tmp_path / "log", "val_loss") .keys() == {0, 10, 12, 20, 24}
+    assert series(tmp_path / "log", "val_loss")[12] == last
+    said = train(*flags, "--max_steps=24", "--init_from=resume", "--max_lr=4e-3").stdout
+    assert "changed since" not in said and "learning rate" not in said
+
+
+def test_an_output_that_cannot_show_a_character(text, tmp_path):
+    """As on Windows, where output to a file has 256 characters."""
+    (tmp_path / "accents.txt").write_text("\u0416\u4e2d\u00e9 " * 4000, encoding="utf-8")
+    flags = f"--data={tmp_path}/accents.txt", f"--log_dir={tmp_path}/log", "--max_steps=20"
+    result = train(*flags, "--sample_every=20", env={"PYTHONIOENCODING": "cp1252"})
+    assert result.stdout.count("sample: ") == 2 and "done: 20 steps" in result.stdout
+
+
+def test_several_processes_on_mps(text, tmp_path, monkeypatch):
+    """Its one line names what works."""
+    monkeypatch.setattr(torch.mps, "is_available", lambda: True)
+    flags = [*TINY, f"--data={text}", f"--log_dir={tmp_path}/log", "--device=mps"]
+    result = fork(*flags, env=next(world(2)))
+    assert result.returncode == 1 and "use --device=cpu" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_compile_without_a_compiler(text, tmp_path):
+    """The last line names --compile=false."""
+    paths = [path for path in sys.path if "site-packages" in path]
+    env = {"PATH": str(tmp_path), "CC": "", "CXX": "", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    env["PYTHONPATH"] = os.pathsep.join(paths)
+    result = run(f"--data={text}", f"--log_dir={tmp_path}/log", "--compile=1", env=env)
+    assert result.returncode == 1
+    assert "--compile=false" in result.stderr.splitlines()[-1] and "Traceback" in result.stderr
+
+
+def test_a_second_run_in_one_python_process(text, tmp_path):
+    """As by %run in a notebook: the lock is free again, and so is Ctrl-C."""
+    script = str(ROOT / "train_gpt2.py")
+    (tmp_path / "notebook.py").write_text(
+        "import runpy, signal, sys\n"
+        f"sys.argv = ['train_gpt2.py', *{TINY!r}, *sys.argv[1:]]\n"
+        "before = signal.getsignal(signal.SIGINT)\n"
+        "for _ in range(2):\n"
+        f"    kept = runpy.run_path({script!r}, run_name='__main__')\n"
+        "    assert signal.getsignal(signal.SIGINT) is before\n"
+    )
+    flags = f"--data={text}", f"--log_dir={tmp_path}/log", "--max_steps=1"
+    result = subprocess.run(
+        [sys.executable, tmp_path / "notebook.py", *flags],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "log-1" / "ckpt_000001.pt").exists()

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from conftest import TINY, fork, load, log_of, series, train
+from conftest import ROOT, TINY, fork, load, log_of, series, train
 
 SMALL = TINY[1:]  # without the recipe
 
@@ -161,3 +161,142 @@ def test_evaluating_a_run_needs_no_optimizer(finished, text, tmp_path):
         assert found == pytest.approx(series(finished, "val_loss")[20], abs=1e-4)
     first = json.loads((finished / "log.jsonl").read_text().splitlines()[0])
     assert first["constants"]["optimizer"] == "adamw"
+
+
+# somebody's weights that are not GPT-2's function
+
+
+def other_function(**changes):
+    """A GPT-2 of transformers with another config, and the names of what differs."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=32, **changes))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.2)
+    return model
+
+
+OTHER_FUNCTIONS = [
+    {"activation_function": "relu"},
+    {"activation_function": "gelu"},
+    {"layer_norm_epsilon": 1e-2},
+    {"scale_attn_weights": False},
+    {"scale_attn_by_inverse_layer_idx": True},
+    {"tie_word_embeddings": False},
+    {"add_cross_attention": True},
+    {"n_inner": 64},
+]
+SAME_FUNCTION = [
+    {"activation_function": "gelu_pytorch_tanh"},
+    {"reorder_and_upcast_attn": True},
+    {"n_inner": 128},
+    {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5},
+    {"vocab_size": 50258},
+    {"n_positions": 48},
+]
+
+
+@pytest.mark.parametrize("changes", OTHER_FUNCTIONS, ids=str)
+def test_weights_of_another_function_are_refused(tmp_path, changes):
+    """In one line that names the field. With plain GPT-2, their predictions would differ."""
+    from train_gpt2 import GPT2_ONLY, load_weights
+
+    theirs = other_function(**changes)
+    theirs.save_pretrained(tmp_path)
+    (field,) = changes
+    with pytest.raises(SystemExit, match=f"{tmp_path}: .*{field} is ") as error:
+        load_weights(str(tmp_path), dropout=0.0)
+    assert "\n" not in str(error.value)
+    assert {*GPT2_ONLY, "n_inner"} == {"model_type"} | {name for c in OTHER_FUNCTIONS for name in c}
+    result = fork("sample", f"--init_from={tmp_path}", "--device=cpu")
+    assert result.returncode == 1 and field in result.stderr.splitlines()[-1]
+    example = {"ctx": "To be", "endings": ["or", "and", "not", "so"], "label": 0}
+    (tmp_path / "examples.jsonl").write_text(json.dumps(example))
+    flags = tmp_path, f"--data={tmp_path}/examples.jsonl"
+    result = fork(*flags, script=ROOT / "hellaswag.py")
+    assert result.returncode == 1 and field in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("changes", SAME_FUNCTION, ids=str)
+def test_weights_of_the_same_function_are_used(tmp_path, changes):
+    """Their logits are those of transformers."""
+    from train_gpt2 import load_weights
+
+    theirs = other_function(**changes).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = load_weights(str(tmp_path), dropout=0.0).eval()
+    x = torch.randint(50257, (2, 48))
+    with torch.no_grad():
+        assert torch.allclose(ours(x), theirs(x).logits, atol=1e-3)
+
+
+def test_weights_that_lack_or_add_a_tensor_are_refused(tmp_path, folder):
+    """transformers would fill what is missing with random numbers, and ignore what is too much."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    from train_gpt2 import load_weights
+
+    name = "transformer.h.1.mlp.c_fc.weight"
+    for change in ("lacks", "adds"):
+        shutil.copytree(folder, tmp_path / change)
+        state = load_file(folder / "model.safetensors")
+        if change == "lacks":
+            wrong = name
+            del state[name]
+        else:
+            wrong = name.replace("h.1", "h.2")
+            state[wrong] = state[name].clone()
+        save_file(state, tmp_path / change / "model.safetensors", {"format": "pt"})
+        with pytest.raises(SystemExit, match=wrong):
+            load_weights(str(tmp_path / change), dropout=0.0)
+
+
+def test_a_llama_is_refused(tmp_path, text):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    size = dict(hidden_size=32, intermediate_size=32, num_attention_heads=2, num_hidden_layers=1)
+    LlamaForCausalLM(LlamaConfig(vocab_size=50257, **size)).save_pretrained(tmp_path / "llama")
+    flags = "finetune", *SMALL, f"--data={text}", f"--log_dir={tmp_path}/log"
+    result = fork(*flags, f"--init_from={tmp_path}/llama")
+    assert result.returncode == 1 and "model_type is llama" in result.stderr.splitlines()[-1]
+    assert not list((tmp_path / "log").iterdir())
+
+
+def test_a_gpt2_with_added_tokens(text, tmp_path):
+    """It loads, trains, samples and is saved whole, with the one token that its tokenizer lacks."""
+    from transformers import GPT2LMHeadModel
+
+    theirs = other_function(vocab_size=50258)
+    with torch.no_grad():
+        theirs.transformer.ln_f.bias.fill_(1.0)
+        theirs.lm_head.weight[50257] = 1.0  # the likeliest token
+    theirs.save_pretrained(tmp_path / "theirs")
+    flags = "finetune", *SMALL, f"--data={text}", f"--log_dir={tmp_path}/log", "--max_steps=2"
+    flags += f"--init_from={tmp_path}/theirs", "--max_lr=1e-6", "--min_lr=0"
+    launch(*flags, "--sample_every=1")
+    saved = GPT2LMHeadModel.from_pretrained(tmp_path / "log" / "hf")
+    assert saved.lm_head.weight.shape == (50258, 32)
+    assert torch.allclose(saved.lm_head.weight, theirs.lm_head.weight, atol=1e-4)
+    assert len([event for event in log_of(tmp_path / "log") if "sample" in event]) == 6
+    assert len(samples(f"--init_from={tmp_path}/log", "--top_k=1", cwd=tmp_path)) == 2
+
+
+def test_fewer_tokens_than_the_tokenizer_makes(text, tmp_path):
+    other_function(vocab_size=1000).save_pretrained(tmp_path / "theirs")
+    flags = "finetune", *SMALL, f"--data={text}", f"--log_dir={tmp_path}/log"
+    result = fork(*flags, f"--init_from={tmp_path}/theirs")
+    assert result.returncode == 1 and "has 1000 tokens" in result.stderr.splitlines()[-1]
+    assert "50257" in result.stderr and not list((tmp_path / "log").iterdir())
+
+
+def test_a_model_in_bfloat16_generates(folder):
+    """As its user has converted it, on a CPU."""
+    from train_gpt2 import from_pretrained
+
+    model = from_pretrained(folder).to(torch.bfloat16).eval()
+    idx = model.generate(torch.tensor([[464, 5417]]), 5, top_k=1)
+    assert idx.shape == (1, 7) and model(idx).dtype == torch.bfloat16

@@ -141,7 +141,7 @@ def test_the_story(home, shards, monkeypatch, capsys):
     plain, samples, own, made, _, sea, tuned, evaluated, *_, two = printed.values()
     assert "done: 3 steps" in plain and "log/baby" in plain
     assert samples.count("sample: KING HENRY:") == 2 and "moved" not in samples
-    assert "moved the older run in log/baby to log/baby-1" in own
+    assert "moved the older run in log/baby to" in own and "log/baby-1" in own
     assert len(list((home / "my_shards").glob("*.npy"))) > 2
     assert sea.count("sample: The sea") == 2
     assert "val loss" in tuned and (home / "log" / "finetuned" / "hf").exists()
@@ -166,25 +166,52 @@ def test_the_story(home, shards, monkeypatch, capsys):
         assert (home / picture).read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_picture_with_hellaswag(tmp_path, monkeypatch):
-    """There are two plots, with lines for GPT-2 and GPT-3."""
+def plot(monkeypatch, tmp_path, *logs):
+    """Draws logs, given as {folder: lines} -> the axes of the picture."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    (tmp_path / "log.jsonl").write_text(
-        '{"constants": {"data": "edu_fineweb10B", "model": {"vocab_size": 50304}}}\n'
-        '{"step": 0, "val_loss": 10.9}\n'
-        '{"step": 0, "hellaswag": 0.25}\n'
-        '{"step": 0, "train_loss": 10.9}\n'
-    )
-    monkeypatch.setattr(sys, "argv", ["plot.py", str(tmp_path), f"--out={tmp_path}/loss.png"])
+    plt.close("all")
+    for folder, lines in logs:
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "log.jsonl").write_text("\n".join(lines))
+    folders = [str(tmp_path / folder) for folder, _ in logs]
+    monkeypatch.setattr(sys, "argv", ["plot.py", *folders, f"--out={tmp_path}/loss.png"])
     runpy.run_path(str(ROOT / "assets" / "plot.py"))
-    loss, hellaswag = plt.gcf().axes
+    return plt.gcf().axes
+
+
+FINEWEB = '{"constants": {"data": "edu_fineweb10B", "model": {"vocab_size": 50257}}}'
+OWN = '{"constants": {"data": "my_shards", "model": {"vocab_size": 50257}}}'
+EVENTS = [
+    '{"step": 0, "val_loss": 10.9}',
+    '{"step": 0, "hellaswag": 0.25}',
+    '{"step": 0, "train_loss": 10.9}',
+]
+
+
+def test_a_picture_with_hellaswag(tmp_path, monkeypatch):
+    """There are two plots, with lines for GPT-2 and GPT-3."""
+    loss, hellaswag = plot(monkeypatch, tmp_path, ("run", [FINEWEB, *EVENTS]))
     assert [text.get_text() for text in loss.texts] == ["GPT-2 (124M) on FineWeb-Edu"]
     assert len(hellaswag.texts) == 2 and len(hellaswag.lines) == 3
-    plt.close("all")
+
+
+def test_a_picture_of_odd_logs(tmp_path, monkeypatch, capsys):
+    """A loss that is null, a last line that is cut off, two runs of the same name, other shards."""
+    lines = [OWN, *EVENTS[::2], '{"step": 1, "train_loss": null}', '{"step": 2, "tra']
+    (loss,) = plot(monkeypatch, tmp_path, ("a/run", lines), ("b/run", lines))
+    assert len(loss.texts) == 0
+    assert [text.get_text() for text in loss.get_legend().get_texts()] == ["a/run", "b/run"]
+    assert "not JSON" in capsys.readouterr().err
+
+
+def test_a_picture_without_a_log(tmp_path, monkeypatch):
+    for folder, lines in (("empty", []), ("other", ["{}"]), ("cut", [FINEWEB[:20]])):
+        with pytest.raises(SystemExit, match="no log of a run"):
+            plot(monkeypatch, tmp_path, (folder, lines))
 
 
 def test_the_notebook_keeps_its_torch(home):

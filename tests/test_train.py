@@ -13,10 +13,12 @@ import time
 import pytest
 import torch
 from conftest import (
+    ROOT,
     TINY,
     Fork,
     command,
     finish,
+    fork,
     in_a_fork,
     load,
     log_of,
@@ -496,3 +498,79 @@ def test_weight_decay_of_muon_shrinks_the_matrices():
         after.append([p.detach() for p in matrices])
     for old, plain, decayed in zip(before[0], *after, strict=True):
         assert torch.allclose(plain - decayed, 0.1 * 0.5 * old, atol=1e-6)
+
+
+def test_a_stop_in_an_evaluation_repeats_it(text, tmp_path):
+    """It gives up within a window, saves and leaves. Resumed, the run evaluates at the same step;
+    its log is that of a run that was never stopped."""
+    flags = f"--data={text}", "--max_steps=6", "--val_every=3", "--save_every=0", "--n_embd=256"
+    flags += "--n_layer=6", "--val_steps=40", "--B=1", "--total_batch_size=64"
+    train(*flags, f"--log_dir={tmp_path}/calm")
+    log_dir = tmp_path / "log"
+    process = Fork(*TINY, *flags, f"--log_dir={log_dir}")
+    wait_for(lambda: (log_dir / "log.jsonl").exists(), process)
+    wait_for(lambda: '"step": 2, "train_loss"' in (log_dir / "log.jsonl").read_text(), process)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    result = finish(process, 5)
+    assert result.returncode == 0 and "stopped at step 3" in result.stdout
+    assert list(series(log_dir, "val_loss")) == [0]
+    train(*flags, f"--log_dir={log_dir}", "--init_from=resume")
+    for name in ("train_loss", "val_loss"):
+        assert series(log_dir, name) == series(tmp_path / "calm", name)
+
+
+def test_a_changed_architecture_trains_to_the_end(shards, tmp_path, monkeypatch):
+    """Without learned positions: that there will be no hf/ is said at the start. HellaSwag and
+    samples work as before."""
+    import hellaswag
+
+    example = {"ctx": "To be", "endings": ["or not", "or so", "as I", "if you"], "label": 0}
+    (tmp_path / "hellaswag.jsonl").write_text(json.dumps(example) + "\n")
+    examples = hellaswag.load_examples(tmp_path / "hellaswag.jsonl")
+    monkeypatch.setattr(hellaswag, "load_examples", lambda skip: examples)
+    source = (ROOT / "train_gpt2.py").read_text()
+    for line, new in (
+        ("            wpe=nn.Embedding(config.block_size, config.n_embd),\n", ""),
+        ("        x = tok_emb + pos_emb\n", "        x = tok_emb\n"),
+        ("        pos_emb = self.transformer.wpe.weight[:idx.shape[1]]", "        # "),
+    ):
+        assert source.count(line) == 1
+        source = source.replace(line, new)
+    script = tmp_path / "train_gpt2.py"
+    script.write_text(source)
+    flags = f"--data={shards[0]}", f"--log_dir={tmp_path}/log", "--max_steps=3", "--sample_every=3"
+    result = fork(*TINY, *flags, "--hella_every=3", script=script)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.index("no hf/ at the end") < result.stdout.index("step ")
+    assert "done: 3 steps" in result.stdout and result.stdout.count("sample: ") == 2
+    assert list(series(tmp_path / "log", "hellaswag")) == [0, 3]
+    names = {path.name for path in (tmp_path / "log").iterdir()}
+    assert names == {"log.jsonl", "ckpt_000003.pt", "train_gpt2.py"}
+    assert (tmp_path / "log" / "train_gpt2.py").read_text() == source
+
+
+def test_the_script_is_kept_as_it_was_launched(text, tmp_path):
+    """A resumed run that has edited it keeps the first copy, and adds its own."""
+    script, log_dir = tmp_path / "train_gpt2.py", tmp_path / "log"
+    source = (ROOT / "train_gpt2.py").read_text()
+    flags = [*TINY, f"--data={text}", f"--log_dir={log_dir}", "--save_every=2"]
+    for steps, edit in (("2", ""), ("4", ""), ("6", "# an idea\n")):
+        script.write_text(source + edit)
+        more = f"--max_steps={steps}", "--init_from=resume"
+        assert fork(*flags, *more, script=script).returncode == 0
+    copies = {path.name: path.read_text() for path in log_dir.glob("*.py")}
+    assert copies == {"train_gpt2.py": source, "train_gpt2_000004.py": source + "# an idea\n"}
+
+
+def test_a_group_has_its_own_learning_rate(text, tmp_path):
+    """lr_scale multiplies the rate of the schedule: with 0, the embeddings stay as they are."""
+    source = (ROOT / "train_gpt2.py").read_text()
+    line = '{"params": embeddings, "lr_scale": 1.0'
+    script = tmp_path / "train_gpt2.py"
+    script.write_text(source.replace(line, line.replace("1.0", "0.0")))
+    flags = [*TINY, f"--data={text}", f"--log_dir={tmp_path}/log", "--save_every=1", "--keep=0"]
+    assert fork(*flags, "--max_steps=2", script=script).returncode == 0
+    first, second = (load(tmp_path / "log" / f"ckpt_00000{n}.pt")["model"] for n in (1, 2))
+    unchanged = {name for name in first if torch.equal(first[name], second[name])}
+    assert unchanged == {"transformer.wte.weight", "transformer.wpe.weight", "lm_head.weight"}
