@@ -131,10 +131,10 @@ def ending_losses(model, batch):
     means = sums / mask.sum(1).view(-1, 4)
     return sums.cpu(), means.cpu()
 
-def evaluate(model, examples, batch_tokens=16384, should_stop=lambda: False):
+def evaluate(model, examples, batch_tokens=16384, stop_signals=()):
     """Scores our GPT or transformers' GPT2LMHeadModel; the ranks share the examples.
-    "cut" counts rows too long for the model. If a loss is not finite, all ranks exit. If a
-    rank is asked to stop, all of them return None."""
+    "cut" counts rows too long for the model. If a loss is not finite, all ranks exit. If there
+    are stop_signals on one of them, all return None."""
     hide = None  # tqdm shows its bar on a terminal only
     if dist.is_initialized():
         examples = examples[dist.get_rank()::dist.get_world_size()]
@@ -147,7 +147,7 @@ def evaluate(model, examples, batch_tokens=16384, should_stop=lambda: False):
     correct = correct_norm = not_finite = 0
     all_batches = list(batches(examples, batch_tokens))
     for batch in tqdm(all_batches, "HellaSwag", leave=False, disable=hide):
-        if should_stop():
+        if stop_signals:
             break
         sums, means = ending_losses(model, batch)
         labels = torch.tensor([example.label for example in batch])
@@ -156,7 +156,7 @@ def evaluate(model, examples, batch_tokens=16384, should_stop=lambda: False):
         not_finite += not sums.isfinite().all()
     model.train(was_training)
 
-    counts = [correct, correct_norm, len(examples), cut, not_finite, should_stop()]
+    counts = [correct, correct_norm, len(examples), cut, not_finite, len(stop_signals)]
     counts = torch.tensor(counts, dtype=torch.long)
     counts = counts.to(model.lm_head.weight.device)
     if dist.is_initialized():

@@ -47,7 +47,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import hellaswag
 
 # -----------------------------------------------------------------------------
-# constants: GPT-2 (124M). Recipes, below, replace some of them; flags replace both
+# constants: those of GPT-2 (124M). A recipe replaces some of them, and flags replace both
 
 data = "edu_fineweb10B"  # a folder of token shards (see fineweb.py), or a text file
 encoding = "gpt2"  # of a text: gpt2 or bytes. Shards always hold GPT-2's tokens
@@ -62,14 +62,14 @@ n_embd = 768  # channels: 64 for each head
 dropout = 0.0  # share of activations that are dropped; helps if data is seen many times
 
 total_batch_size = 524288  # tokens in an optimizer step, over all GPUs; 2**19 is about 0.5M
-B = 64  # most sequences in a forward pass: lower it to save memory, nothing else changes
+B = 64  # most sequences in a forward pass: fewer take less memory, for the same training
 T = 1024  # tokens in a sequence
 
 # the optimizer: GPT-3's settings for a model of this size
 optimizer = "adamw"  # adamw, or muon for the matrices in the blocks
-max_lr = 6e-4  # learning rate, reached at the end of the warmup
-min_lr = 6e-5  # learning rate at the last step
-warmup_steps = 715  # steps to reach it: 375M tokens here
+warmup_steps = 715  # steps in which the learning rate rises from 0: 375M tokens here
+max_lr = 6e-4  # the learning rate then
+min_lr = 6e-5  # the learning rate at the last step
 max_steps = 19073  # 10B tokens here, one epoch; with 0 it evaluates, samples and exits
 weight_decay = 0.1  # of matrices and embeddings, not of biases and LayerNorms
 beta1 = 0.9  # of AdamW's average of gradients: 90% old, 10% new
@@ -100,25 +100,27 @@ timeout = 600  # seconds to wait for another process before giving up
 wandb_log = False  # send the log to Weights & Biases
 wandb_project = "gpt2"
 
-# what each recipe replaces
+# a recipe: what it is for, and the constants that it replaces
 recipes = {
+    # GPT-2 on shards of FineWeb-Edu
     "gpt2": dict(),
-    # minutes on a laptop
+    # a small GPT on the bytes of a text, minutes on a laptop
     "baby": dict(
         data="input.txt", encoding="bytes", log_dir="log/baby", compile=False,
         n_layer=4, n_head=4, n_embd=128, T=64, B=32, total_batch_size=2048,
         optimizer="muon", max_lr=8e-3, min_lr=5e-4, warmup_steps=50, max_steps=1000, momentum=0.9,
         log_every=20, val_every=500, val_steps=100, sample_every=500, save_every=500,
         prompt="\n", sample_tokens=256),
-    # somebody's weights on a text
+    # OpenAI's or your own weights, trained on a text
     "finetune": dict(
         data="input.txt", log_dir="log/finetuned", init_from="gpt2", dropout=0.1,
         B=4, total_batch_size=16384, max_lr=3e-5, min_lr=3e-6, warmup_steps=10, max_steps=100,
         val_every=25, hella_every=0, sample_every=50, save_every=50),
-    # texts only: trains and writes nothing
+    # texts by such weights; trains and writes nothing
     "sample": dict(init_from="gpt2", max_steps=0, val_every=0, hella_every=0),
 }
 
+# everything above by name, so that flags can replace it and the log can record it
 constants = {name: value for name, value in globals().items()
              if name[0] != "_" and isinstance(value, (int, float, str, tuple, list))}
 
@@ -197,8 +199,8 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        # products of such matrices are faster if a multiple of 128 divides their size, so the
-        # vocabulary of 50257 gets 50304 rows. Nothing outside this class sees the last ones
+        # matrix products are faster with sizes that are multiples of 128, so a vocabulary of
+        # 50257 gets 50304 rows. Nothing outside this class sees the last ones
         n_rows = 128 * math.ceil(config.vocab_size / 128)
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(n_rows, config.n_embd),
@@ -207,7 +209,8 @@ class GPT(nn.Module):
             h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
             ln_f=LayerNorm(config.n_embd)))
         self.lm_head = nn.Linear(config.n_embd, n_rows, bias=False)
-        # weight tying: similar tokens should have similar embeddings, and similar scores
+        # weight tying: one matrix for both, since tokens with similar embeddings should also
+        # have similar scores
         self.transformer.wte.weight = self.lm_head.weight
 
         for name, p in self.named_parameters():
@@ -221,7 +224,8 @@ class GPT(nn.Module):
     def hidden(self, idx):
         """Ids (B, T), T <= block_size -> states after the last LayerNorm, (B, T, C)."""
         tok_emb = self.transformer.wte(idx)  # (B, T, C)
-        pos_emb = self.transformer.wpe.weight[:idx.shape[1]]  # (T, C): attention ignores order
+        # (T, C): without positions, attention would not see the order of the tokens
+        pos_emb = self.transformer.wpe.weight[:idx.shape[1]]
         x = tok_emb + pos_emb
         if torch.is_autocast_enabled(x.device.type):  # a residual stream in 16 bits is faster
             x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -236,7 +240,7 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None):
         """Ids (B, T) -> logits (B, T, vocab_size), or the mean loss given targets (B, T).
-        A target of -100 has a loss of 0, which counts in the mean."""
+        The loss of a target of -100 is 0: that is what cross_entropy ignores."""
         logits = self.logits(self.hidden(idx))
         if targets is None:
             return logits
@@ -274,8 +278,9 @@ def get_tokenizer(encoding):
     """GPT-2's tokenizer, which tiktoken downloads once, or one whose tokens are bytes. If the
     download fails, it says so and returns None."""
     if encoding == "bytes":
-        single = {bytes([i]): i for i in range(256)}
-        return tiktoken.Encoding("", pat_str="(?s:.)", mergeable_ranks=single, special_tokens={})
+        every_byte = {bytes([i]): i for i in range(256)}
+        return tiktoken.Encoding("bytes", pat_str="(?s:.)", mergeable_ranks=every_byte,
+                                 special_tokens={})
     try:
         return tiktoken.get_encoding("gpt2")
     except (OSError, ValueError) as error:
@@ -298,7 +303,7 @@ def read_text(path, encoding):
         tokens = tokenizer.encode(text, allowed_special="all")
     except ValueError:  # it gives up on a million spaces in a row: cut the text into pieces
         pieces = [text[i:i + 100_000] for i in range(0, len(text), 100_000)]
-        tokens = sum(tokenizer.encode_batch(pieces, allowed_special="all"), [])
+        tokens = np.concatenate(tokenizer.encode_batch(pieces, allowed_special="all"))
     return np.array(tokens, dtype=np.uint16)
 
 def open_shard(path):
@@ -342,13 +347,13 @@ def load_split(data, split, encoding):
 
 class TokenLoader:
     """Cuts shards into windows of T + 1 tokens: T inputs, and the token after each.
-    With T = 4, a shard of 14 tokens has the windows 0 to 4, 4 to 8 and 8 to 12. Their order
-    depends only on the seed and the epoch. So a resumed run needs only the step, and a step
-    trains on the same tokens with any B and any number of processes."""
+    With T = 4, a shard of 14 tokens has the windows 0 to 4, 4 to 8 and 8 to 12.
+    The seed and the epoch alone decide their order. So a resumed run needs only the step, and a
+    step trains on the same windows with any number of rows (B) and of processes (ranks)."""
 
-    def __init__(self, shards, B, T, rank, world_size, device, vocab_size, seed=None):
+    def __init__(self, shards, rows, T, rank, world_size, device, vocab_size, seed=None):
         self.shards = shards
-        self.B, self.T = B, T
+        self.rows, self.T = rows, T
         self.rank, self.world_size = rank, world_size
         self.device, self.vocab_size, self.seed = device, vocab_size, seed
         # for each window, its shard and where it starts in there
@@ -363,7 +368,7 @@ class TokenLoader:
     def start_epoch(self, epoch):
         """Shuffles the windows, and moves all of them, so that each epoch cuts elsewhere."""
         self.epoch = epoch
-        self.offset = 101 * epoch % self.T  # 101 is prime, so offsets repeat only after T epochs
+        self.offset = 101 * epoch % self.T
         self.order = np.arange(self.n_windows)
         if self.seed is not None:  # for validation, the order stays
             np.random.default_rng([self.seed, epoch]).shuffle(self.order)
@@ -384,25 +389,75 @@ class TokenLoader:
         return ids
 
     def n_batches(self, windows):
-        """How many micro-batches all ranks need for a range of windows."""
-        return math.ceil(len(windows) / (self.B * self.world_size))
+        """How many micro-batches, of `rows` windows on each rank, a range of windows takes."""
+        return math.ceil(len(windows) / (self.rows * self.world_size))
 
     def batch(self, windows, i):
         """This rank's part of the i-th micro-batch: inputs and the token after each, (B, T).
-        If the windows run out, the rows that are left get targets of -100: no loss."""
-        first = (i * self.world_size + self.rank) * self.B
-        mine = windows[first:first + self.B]
-        tokens = np.zeros((self.B, self.T + 1), dtype=np.int64)
+        If the windows run out, the rows that are left get targets of -100, which have no loss."""
+        first = (i * self.world_size + self.rank) * self.rows
+        mine = windows[first:first + self.rows]
+        tokens = np.zeros((self.rows, self.T + 1), dtype=np.int64)
         for row, n in enumerate(mine):
             tokens[row] = self.window(n)
-        tokens = torch.from_numpy(tokens).to(self.device)
+        tokens = torch.from_numpy(tokens)
+        if self.device == "cuda":
+            tokens = tokens.pin_memory()  # so that Python need not wait for the copy
+        tokens = tokens.to(self.device, non_blocking=True)
         x = tokens[:, :-1]
         y = tokens[:, 1:].clone()
         y[len(mine):] = -100
         return x, y
 
+    def weight(self, windows):
+        """What the mean loss of a micro-batch counts in the mean over the windows, when all ranks
+        are averaged: 1 / n_batches, or a little more if rows were left."""
+        return self.rows * self.world_size / len(windows)
+
 # -----------------------------------------------------------------------------
 # optimizers and schedule
+
+def make_optimizers(model, optimizer, weight_decay, betas=(0.9, 0.95), momentum=0.95):
+    """AdamW for everything, or Muon for the matrices in the blocks and AdamW for the rest. To
+    give a group a learning rate of its own, change its lr_scale, which multiplies the schedule."""
+    vectors, embeddings, matrices = [], [], []
+    for name, p in model.named_parameters():
+        if p.dim() < 2:  # biases and LayerNorms
+            vectors.append(p)
+        elif name.startswith("transformer.h."):
+            matrices.append(p)
+        else:
+            embeddings.append(p)
+
+    groups = [
+        {"params": embeddings, "lr_scale": 1.0, "weight_decay": weight_decay},
+        {"params": vectors, "lr_scale": 1.0, "weight_decay": 0.0},
+    ]
+    if optimizer == "adamw":
+        groups.append({"params": matrices, "lr_scale": 1.0, "weight_decay": weight_decay})
+    optimizers = [torch.optim.AdamW(groups, betas=betas, fused=True)]
+    if optimizer == "muon":
+        optimizers.append(Muon(matrices, weight_decay, momentum))
+    return optimizers
+
+def update(optimizers, scaler, norm):
+    """Updates the weights. In float16, an infinite gradient norm means that the loss was scaled
+    up too far: then the update is skipped, and scaler.update() halves the scale."""
+    if math.isfinite(norm):
+        for opt in optimizers:
+            scaler.step(opt)  # opt.step(), except in float16
+    scaler.update()
+
+def get_lr(step, max_lr, min_lr, warmup_steps, max_steps):
+    """A linear warmup, since large first steps diverge, then a cosine down to min_lr."""
+    if step < warmup_steps:
+        return max_lr * (step + 1) / warmup_steps
+    decay_ratio = min(1, (step - warmup_steps) / max(1, max_steps - warmup_steps))
+    coeff = 0.5 * (1 + math.cos(math.pi * decay_ratio))  # from 1 to 0
+    return min_lr + coeff * (max_lr - min_lr)
+
+# -----------------------------------------------------------------------------
+# Muon: an optimizer that learns faster than AdamW, for the matrices in the blocks
 
 def newton_schulz(m):
     """Matrices U S V^T (n, rows, columns) -> about U V^T: all singular values near 1.
@@ -452,37 +507,6 @@ class Muon(torch.optim.Optimizer):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.sub_(update, alpha=group["lr"])
 
-def make_optimizers(model, optimizer, weight_decay, betas=(0.9, 0.95), momentum=0.95):
-    """AdamW for everything, or Muon for the matrices in the blocks, AdamW for the rest.
-    A group's lr_scale multiplies the learning rate of the schedule."""
-    vectors, embeddings, matrices = [], [], []
-    for name, p in model.named_parameters():
-        if p.dim() < 2:  # biases and LayerNorms
-            vectors.append(p)
-        elif name.startswith("transformer.h."):
-            matrices.append(p)
-        else:
-            embeddings.append(p)
-
-    groups = [
-        {"params": embeddings, "lr_scale": 1.0, "weight_decay": weight_decay},
-        {"params": vectors, "lr_scale": 1.0, "weight_decay": 0.0},
-    ]
-    if optimizer == "adamw":
-        groups.append({"params": matrices, "lr_scale": 1.0, "weight_decay": weight_decay})
-    optimizers = [torch.optim.AdamW(groups, betas=betas, fused=True)]
-    if optimizer == "muon":
-        optimizers.append(Muon(matrices, weight_decay, momentum))
-    return optimizers
-
-def get_lr(step, max_lr, min_lr, warmup_steps, max_steps):
-    """A linear warmup, since large first steps diverge, then a cosine down to min_lr."""
-    if step < warmup_steps:
-        return max_lr * (step + 1) / warmup_steps
-    decay_ratio = min(1, (step - warmup_steps) / max(1, max_steps - warmup_steps))
-    coeff = 0.5 * (1 + math.cos(math.pi * decay_ratio))  # from 1 to 0
-    return min_lr + coeff * (max_lr - min_lr)
-
 # -----------------------------------------------------------------------------
 # evaluation and samples
 
@@ -490,38 +514,45 @@ def get_lr(step, max_lr, min_lr, warmup_steps, max_steps):
 ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 @torch.no_grad()
-def evaluate(model, loader, windows, should_stop=lambda: False):
+def evaluate(model, loader, windows):
     """The mean loss, in nats per token, of a range of windows, or None if asked to stop."""
     model.eval()
-    total = 0.0
+    loss_accum = 0.0
     for i in range(loader.n_batches(windows)):
-        if should_stop():
+        if stop_signals:
             break
         x, y = loader.batch(windows, i)
-        total += model(x, y)
+        loss_accum += model(x, y) * loader.weight(windows)
     model.train()
-    if on_any_rank(should_stop(), loader.device):
-        return None
-    # each batch gave the mean over its rows, also over those that were left empty
-    return mean_over_ranks(total, loader.device) * loader.B * loader.world_size / len(windows)
+    val_loss = mean_over_ranks(loss_accum, loader.device)
+    return val_loss if not asked_to_stop(loader.device) else None
+
+def mean_over_ranks(value, device):
+    """The mean of a number over all processes."""
+    if not dist.is_initialized():
+        return float(value)
+    total = torch.tensor(float(value), dtype=torch.float64, device=device)
+    dist.all_reduce(total)  # now the sum
+    return total.item() / dist.get_world_size()
 
 def sample(model, tokenizer, prompt, n_samples, max_new_tokens, temperature, top_k, seed):
     """Returns texts that begin with the prompt and end where the model ends its document."""
     model.eval()
-    start = tokenizer.encode(prompt or "<|endoftext|>", allowed_special="all")
+    new_document = "<|endoftext|>" if tokenizer.name == "gpt2" else "\n"
+    start = tokenizer.encode(prompt or new_document, allowed_special="all")
     idx = torch.tensor([start] * n_samples, device=model.lm_head.weight.device)
     torch.manual_seed(seed)  # training is not affected: it sets a new seed in each step
     idx = model.generate(idx, max_new_tokens, temperature, top_k)
     model.train()
     texts = []
     for tokens in idx[:, len(start):].tolist():
-        # a model may have more tokens than its tokenizer
+        # some models have a few tokens more than their tokenizer
         text = tokenizer.decode([token for token in tokens if token < tokenizer.n_vocab])
         texts.append(prompt + printable(text.partition("<|endoftext|>")[0]))
     return texts
 
 def printable(text):
-    """Shows control characters as "?", since a model of bytes could upset a terminal."""
+    """A model of bytes may write control characters, which could upset a terminal."""
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "?", text)
 
@@ -545,9 +576,9 @@ def main(recipe):
     # model: from this run's newest checkpoint, from scratch, or from somebody's weights
     torch.manual_seed(seed)
     resume = init_from == "resume"
-    checkpoint = load_checkpoint(log_dir) if resume else None
-    # before its first checkpoint, a resumed run starts as its recipe does
+    # until there is a checkpoint, a run that is resumed starts as its recipe does
     start_from = recipes[recipe].get("init_from", "scratch") if resume else init_from
+    checkpoint = load_checkpoint(log_dir) if resume else None
     if checkpoint is not None:
         raw_model = model_of(checkpoint, dropout)
     elif start_from == "scratch":
@@ -581,45 +612,43 @@ def main(recipe):
         tokenizer = get_tokenizer(model_encoding)
     writes_hf = writes_files and model_encoding == "gpt2" and is_gpt2(raw_model)
 
-    # optimizers
-    raw_model.to(device)
-    optimizers = []
-    if max_steps > 0:
-        optimizers = make_optimizers(raw_model, optimizer, weight_decay, (beta1, beta2), momentum)
-
     # model trains and validates; raw_model, with the same weights, does everything else
+    raw_model.to(device)
     model = torch.compile(raw_model) if compile else raw_model
     if ddp:
         model = DDP(model, gradient_as_bucket_view=True)  # averages gradients in backward
 
-    # where the run starts and ends, and its log: the constants, then a line for each event
+    # optimizers
+    optimizers = []
+    if max_steps > 0:
+        optimizers = make_optimizers(raw_model, optimizer, weight_decay, (beta1, beta2), momentum)
+
+    # where the run starts and ends, and its log
     start_step, earlier_end = 0, max_steps
     if checkpoint is not None:
         start_step, earlier_end = checkpoint["step"], checkpoint["config"]["max_steps"]
+        load_optimizers(optimizers, scaler, checkpoint)
         print(f"resuming at step {start_step}")
-        if max_steps > 0:
-            load_optimizers(optimizers, scaler, checkpoint)
     end_step = max(start_step, max_steps)  # a run that is past its end is only evaluated
-    log = Log(start_step, end_step)
-    if writes_files:
-        log.open(log_dir, config, checkpoint)
+    log = open_log(log_dir, end_step, config, checkpoint) if writes_files else Log(end_step)
     print_setup(raw_model, world_size, run_dtype, grad_accum_steps, rows)
 
     def due(every):
-        """True every so many steps, and where this run or the one it continues ends."""
+        """True every so many steps, and where this run or the one that it continues ends."""
         return every > 0 and (step % every == 0 or step in (end_step, earlier_end))
 
     catch_stop_signals()
+    t_start = time.perf_counter()
     # at this point, the run has made `step` updates; the last round only evaluates and saves
     for step in range(start_step, end_step + 1):
         last_step = step == end_step
         windows = range(step * windows_per_step, (step + 1) * windows_per_step)
-        log_size = log.size()
+        log_size = log.size()  # a run that is resumed here will write what follows again
 
         # once in a while: the loss on the validation set
         if due(val_every):
             with autocast:
-                val_loss = evaluate(model, val_loader, val_windows, stop_requested)
+                val_loss = evaluate(model, val_loader, val_windows)
             if val_loss is not None:
                 log(step, f"val loss {val_loss:.4f}", val_loss=val_loss)
                 check_finite(step, val_loss)
@@ -627,7 +656,7 @@ def main(recipe):
         # once in a while: HellaSwag
         if due(hella_every) and examples is not None:
             with autocast, sdpa_kernel(ANY_LENGTH):
-                scores = hellaswag.evaluate(raw_model, examples, rows * T, stop_requested)
+                scores = hellaswag.evaluate(raw_model, examples, rows * T, stop_signals)
             if scores is not None:
                 acc_norm = scores["acc_norm"]
                 log(step, f"HellaSwag acc_norm {acc_norm:.4f}", hellaswag=acc_norm)
@@ -641,16 +670,14 @@ def main(recipe):
             log.samples(step, texts)
 
         # once in a while, at the end, and when asked to stop: save
-        stopping = on_any_rank(stop_requested(), device)
+        stopping = asked_to_stop(device)
         if step > start_step and (stopping or due(save_every)):
-            with autocast:  # a model without a finite loss must not replace sound ones
-                check_finite(step, evaluate(model, train_loader, windows[:rows * world_size]))
+            check_loss(step, raw_model, train_loader, windows, autocast)
             if writes_files:
-                # resumed, it evaluates again, so the log continues from the size before that
                 checkpoint = dict(
-                    step=step, config=config, model=raw_model.state_dict(),
-                    optimizers=[opt.state_dict() for opt in optimizers],
-                    scaler=scaler.state_dict(), log_size=log_size, run_id=log.run_id)
+                    step=step, config=config, log_size=log_size, run_id=log.run_id,
+                    model=raw_model.state_dict(), scaler=scaler.state_dict(),
+                    optimizers=[opt.state_dict() for opt in optimizers])
                 save_checkpoint(log_dir, checkpoint, keep, final=stopping or last_step)
         if stopping or last_step:
             break
@@ -661,7 +688,7 @@ def main(recipe):
         for opt in optimizers:
             for group in opt.param_groups:
                 group["lr"] = lr * group["lr_scale"]
-        torch.manual_seed(seed + step * world_size + rank)  # for dropout: same after resuming
+        torch.manual_seed(seed + step * world_size + rank)  # dropout depends on the step alone
 
         # a whole batch would need too much memory: add up the gradients of micro-batches
         loss_accum = 0.0
@@ -671,9 +698,8 @@ def main(recipe):
                 # DDP averages gradients over all ranks in the last backward only
                 model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
             with autocast:
-                loss = model(x, y)
-            # this is loss / grad_accum_steps, unless some rows of the last micro-batch are empty
-            loss = loss * (rows * world_size / windows_per_step)
+                # usually / grad_accum_steps: they add up to the mean over the whole batch
+                loss = model(x, y) * train_loader.weight(windows)
             loss_accum += loss.detach()
             scaler.scale(loss).backward()
         train_loss = mean_over_ranks(loss_accum, device)
@@ -682,16 +708,9 @@ def main(recipe):
         for opt in optimizers:
             scaler.unscale_(opt)  # in float16, they are scaled like the loss
         norm = nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf).item()
-
-        # infinities would ruin the weights: stop. But in float16 the scale may have been too
-        # large: skip this update, and scaler.update() halves the scale
-        overflow = not math.isfinite(norm) and scaler.is_enabled() and scaler.get_scale() > 1
-        check_finite(step, train_loss, norm if not overflow else 0.0)
-        if not overflow:
-            with autocast:  # for the matrix products of Muon
-                for opt in optimizers:
-                    scaler.step(opt)
-        scaler.update()
+        check_finite(step, train_loss, norm, scaler)
+        with autocast:
+            update(optimizers, scaler, norm)
         raw_model.zero_grad()
 
         dt = time.perf_counter() - t0
@@ -702,8 +721,9 @@ def main(recipe):
                     f"{1000 * dt:.0f} ms | {tokens_per_sec:,.0f} tokens/s | ")
             if mfu is not None:
                 line += f"mfu {mfu:.1%} | "
-            log(step, line + log.time_left(step), train_loss=train_loss, lr=lr, grad_norm=norm,
-                dt=dt, tokens_per_sec=tokens_per_sec, mfu=mfu)
+            line += time_left(t_start, step + 1 - start_step, end_step - start_step)
+            log(step, line, train_loss=train_loss, lr=lr, grad_norm=norm, dt=dt,
+                tokens_per_sec=tokens_per_sec, mfu=mfu)
 
     if stopping:
         print(f"stopped at step {step}; to continue, launch it again with --init_from=resume")
@@ -711,74 +731,54 @@ def main(recipe):
         if writes_hf:
             save_pretrained(raw_model, f"{log_dir}/hf")
         tokens = (step - start_step) * total_batch_size
-        print(f"done: {step} steps, {tokens:,} tokens", *log.results(), log_dir, sep=", ")
+        minutes = (time.perf_counter() - t_start) / 60
+        print(f"done: {step} steps, {tokens:,} tokens, {minutes:.1f} minutes",
+              *log.results(), log_dir, sep=", ")
     if ddp:
         disconnect_processes()
 
 # -----------------------------------------------------------------------------
-# log and checkpoints. From here on, the file keeps a run safe: a first reading can skip it
+# the log. From here on come the parts that main() calls: a first reading can end here
 
 class Log:
-    """Prints events. Once it is open, it also writes them to log.jsonl, and sends them to
-    Weights & Biases if wandb_log is set."""
+    """Prints events. With a file, it also writes each of them as a line of JSON."""
 
-    def __init__(self, start_step, end_step):
-        self.start_step, self.end_step = start_step, end_step
-        self.t_start = time.perf_counter()
-        self.file = self.wandb = None
+    def __init__(self, end_step, file=None, run_id=None, wandb_run=None):
+        self.end_step = end_step
+        self.file, self.run_id, self.wandb_run = file, run_id, wandb_run
         self.latest = {}
-
-    def open(self, log_dir, config, checkpoint):
-        """Begins log.jsonl with the constants, or continues it where the checkpoint was saved."""
-        self.run_id = secrets.token_hex(4)  # for Weights & Biases: one for the whole training
-        if checkpoint is None:
-            move_aside(log_dir)
-        copy_script(log_dir, self.start_step)
-        self.file = open(f"{log_dir}/log.jsonl", "a", buffering=1)
-        if checkpoint is not None:
-            self.run_id = checkpoint["run_id"]
-            # the steps after the checkpoint are repeated, so drop their lines
-            self.file.truncate(min(checkpoint["log_size"], self.size()))
-        if self.size() == 0:
-            self.write({"constants": config, "run_id": self.run_id, "torch": torch.__version__})
-        if wandb_log:
-            self.wandb = connect_wandb(log_dir, self.run_id, config)
-
-    def size(self):
-        return os.path.getsize(self.file.name) if self.file is not None else 0
-
-    def write(self, event):
-        """Writes a line. JSON has no infinities: they become null."""
-        for name, value in event.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                event[name] = None
-        try:
-            if self.file is not None:
-                self.file.write(json.dumps(event) + "\n")
-        except OSError as error:
-            print(f"warning: {self.file.name}: {error}")
 
     def __call__(self, step, line, **event):
         print(f"step {step:5d}/{self.end_step} | {line}", flush=True)
         self.latest |= event
         self.write({"step": step, **event})
-        if self.wandb is not None:
-            self.wandb.log(event, step=step)
+        if self.wandb_run is not None:
+            self.wandb_run.log(event, step=step)
 
     def samples(self, step, texts):
         for text in texts:
             print(f"step {step:5d}/{self.end_step} | sample: {text}\n", flush=True)
             self.write({"step": step, "sample": text})
-        if self.wandb is not None:
-            self.wandb.log({"sample": "\n\n".join(texts)}, step=step)
+        if self.wandb_run is not None:
+            self.wandb_run.log({"sample": "\n\n".join(texts)}, step=step)
 
-    def time_left(self, step):
-        per_step = (time.perf_counter() - self.t_start) / (step + 1 - self.start_step)
-        return f"{timedelta(seconds=round(per_step * (self.end_step - step - 1)))} left"
+    def write(self, event):
+        if self.file is None:
+            return
+        for name, value in event.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                event[name] = None  # JSON has no infinities
+        try:
+            self.file.write(json.dumps(event) + "\n")
+        except OSError as error:
+            print(f"warning: {self.file.name}: {error}")
+
+    def size(self):
+        return os.fstat(self.file.fileno()).st_size if self.file is not None else 0
 
     def results(self):
         """For the last line that is printed."""
-        results = [f"{(time.perf_counter() - self.t_start) / 60:.1f} minutes"]
+        results = []
         if "val_loss" in self.latest:
             results.append(f"val loss {self.latest['val_loss']:.4f}")
         if "hellaswag" in self.latest:
@@ -786,6 +786,28 @@ class Log:
         if device == "cuda":
             results.append(f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of GPU memory")
         return results
+
+def time_left(t_start, done, total):
+    """From the mean time of the steps that are done, evaluations and all."""
+    seconds = (time.perf_counter() - t_start) / done * (total - done)
+    return f"{timedelta(seconds=round(seconds))} left"
+
+def open_log(log_dir, end_step, config, checkpoint):
+    """Begins log.jsonl with the constants, or continues it where the checkpoint was saved."""
+    if checkpoint is None:
+        move_aside(log_dir)
+    copy_script(log_dir, checkpoint)
+    file = open(f"{log_dir}/log.jsonl", "a", buffering=1)
+    run_id = secrets.token_hex(4)  # for Weights & Biases: one for the whole training
+    if checkpoint is not None:
+        run_id = checkpoint["run_id"]
+        # what came after the checkpoint will be repeated, so drop those lines
+        file.truncate(min(checkpoint["log_size"], os.path.getsize(file.name)))
+    wandb_run = connect_wandb(log_dir, run_id, config) if wandb_log else None
+    log = Log(end_step, file, run_id, wandb_run)
+    if log.size() == 0:
+        log.write({"constants": config, "run_id": run_id, "torch": torch.__version__})
+    return log
 
 def connect_wandb(log_dir, run_id, config):
     """Begins or continues a run there. Without a login or the service, it goes on offline."""
@@ -836,19 +858,23 @@ def move_aside(log_dir):
             os.rename(f"{folder}/{name}", f"{folder}-{n}/{name}")
         print(f"moved the older run in {log_dir} to {folder}-{n}")
 
-def copy_script(log_dir, start_step):
+def copy_script(log_dir, checkpoint):
     """Keeps this script as it was launched, and again for a resumed run that has edited it."""
     path = f"{log_dir}/train_gpt2.py"
-    if os.path.exists(path) and open(path).read() != source:
-        path = f"{log_dir}/train_gpt2_{start_step:06d}.py"
-    with open(path, "w") as file:
+    if os.path.exists(path) and open(path, encoding="utf-8").read() != source:
+        step = checkpoint["step"] if checkpoint is not None else 0
+        path = f"{log_dir}/train_gpt2_{step:06d}.py"
+    with open(path, "w", encoding="utf-8") as file:
         file.write(source)
+
+# -----------------------------------------------------------------------------
+# checkpoints
 
 def checkpoint_paths(log_dir):
     """The checkpoints in log_dir as {step: path}, in order."""
     names = glob.glob("ckpt_*.pt", root_dir=log_dir)
-    steps = sorted(int(name[5:-3]) for name in names if name[5:-3].isdigit())
-    return {step: f"{log_dir}/ckpt_{step:06d}.pt" for step in steps}
+    steps = {int(name[5:-3]): name for name in names if name[5:-3].isdigit()}
+    return {step: f"{log_dir}/{steps[step]}" for step in sorted(steps)}
 
 def save_checkpoint(log_dir, checkpoint, keep, final):
     """Saves a checkpoint, removes old ones. If it can't, it warns, or raises if `final`."""
@@ -872,7 +898,8 @@ def save_checkpoint(log_dir, checkpoint, keep, final):
     steps = [s for s in paths if s <= checkpoint["step"] and s % 5000 != 0]
     if keep > 0:
         for step in steps[:-keep]:
-            os.remove(paths[step])
+            with contextlib.suppress(OSError):
+                os.remove(paths[step])
 
 def load_checkpoint(log_dir):
     """The newest checkpoint that is not damaged, or None if there is none yet."""
@@ -891,16 +918,20 @@ def load_checkpoint(log_dir):
     return None
 
 def model_of(checkpoint, dropout):
-    """The GPT of a checkpoint, with another dropout."""
+    """The GPT of a checkpoint, with another dropout. Takes its weights out, to free memory."""
     model = GPT(GPTConfig(**checkpoint["config"]["model"] | {"dropout": dropout}))
     model.load_state_dict(checkpoint.pop("model"))
     return model
 
 def load_optimizers(optimizers, scaler, checkpoint):
-    """Loads what they have averaged. Their settings, like the weight decay, are this launch's."""
-    for opt, saved in zip(optimizers, checkpoint.pop("optimizers"), strict=True):
+    """Loads the averages of gradients. Settings, like the weight decay, stay this launch's."""
+    saved_states = checkpoint.pop("optimizers")
+    for opt, saved in zip(optimizers, saved_states, strict=False):  # none, if it only evaluates
         opt.load_state_dict(opt.state_dict() | {"state": saved["state"]})
     scaler.load_state_dict(scaler.state_dict() | checkpoint["scaler"])  # {} if not float16
+
+# -----------------------------------------------------------------------------
+# refusing what can't work, and stopping what has gone wrong
 
 def check_run(config, checkpoint):
     """Exits if the data, the weights and the constants of a run don't fit together."""
@@ -909,17 +940,30 @@ def check_run(config, checkpoint):
         sys.exit(f"--T={T}: use --T={block_size}, which is the model's context")
     if 256 < vocab_size < 50257:
         sys.exit(f"--init_from={init_from} has {vocab_size} tokens, but GPT-2's tokenizer 50257")
-    step = checkpoint["step"] if checkpoint is not None else 0
-    if mean_over_ranks(step, device) != step:
-        sys.exit(f"this rank is at step {step}, others are not: do all see {log_dir}?")
-    if max_steps > 0:
-        windows_per_step = total_batch_size // T
-        n_windows = sum((n_tokens - 1) // T for _, n_tokens in config["shards"] if n_tokens > 0)
-        if n_windows < windows_per_step:
-            sys.exit(f"{data}: {n_windows} windows of {T} tokens, but a step takes "
-                     f"{windows_per_step}; lower --total_batch_size")
-        if checkpoint is not None:
-            check_resume(config, checkpoint["config"], step)
+    if max_steps == 0:
+        return
+
+    windows_per_step = total_batch_size // T
+    n_windows = sum((n_tokens - 1) // T for _, n_tokens in config["shards"] if n_tokens > 0)
+    if n_windows < windows_per_step:
+        sys.exit(f"{data}: {n_windows} windows of {T} tokens, but a step takes "
+                 f"{windows_per_step}; lower --total_batch_size")
+    if checkpoint is not None:
+        check_resume(config, checkpoint["config"], checkpoint["step"])
+    check_ranks(config, checkpoint)
+
+def check_ranks(config, checkpoint):
+    """Exits if the processes were launched differently, or don't see the same files."""
+    if not dist.is_initialized():
+        return
+    mine = {"step": checkpoint["step"] if checkpoint is not None else 0, **config}
+    all_of_them = [None] * dist.get_world_size()
+    dist.all_gather_object(all_of_them, mine)
+    for name in mine:
+        values = [each[name] for each in all_of_them]
+        if name not in ("data", "log_dir", "init_from") and mine[name] != values[0]:
+            sys.exit(f"{name}={mine[name]!r:.100} here, but {values[0]!r:.100} in rank 0: "
+                     f"use the same flags everywhere; do all see {log_dir} and {data}?")
 
 def check_resume(config, saved, step):
     """Exits if a resumed run would have another model, optimizer or order of data. Prints what
@@ -942,8 +986,20 @@ def check_resume(config, saved, step):
     if lr != lr_before:
         print(f"so the learning rate at step {step} was {lr_before:.2e}, is {lr:.2e}")
 
-def check_finite(step, loss, norm=0.0):
-    """Exits if a loss or a gradient norm is infinite or not a number."""
+def check_loss(step, model, loader, windows, autocast):
+    """Exits if the model has no finite loss: its checkpoint must not replace sound ones."""
+    x, y = loader.batch(windows, 0)
+    model.eval()
+    with torch.no_grad(), autocast:
+        loss = model(x[:1], y[:1])
+    model.train()
+    check_finite(step, mean_over_ranks(loss, loader.device))
+
+def check_finite(step, loss, norm=0.0, scaler=None):
+    """Exits if a loss or a gradient norm is infinite or not a number. In float16, such a norm is
+    no harm yet: update() skips it, until the scale has fallen to 1."""
+    if scaler is not None and scaler.is_enabled() and scaler.get_scale() > 1:
+        norm = 0.0
     if not math.isfinite(loss + norm):
         message = f"step {step}: loss {loss}, gradient norm {norm}; lower --max_lr"
         paths = list(checkpoint_paths(log_dir).values())
@@ -957,7 +1013,8 @@ def check_finite(step, loss, norm=0.0):
 at_end = contextlib.ExitStack()  # what to undo when the run ends, however it ends
 
 def connect_processes():
-    """Connects the processes that torchrun has started. Returns this one's rank and how many."""
+    """Connects the processes that torchrun has started, and returns this one's rank and how many
+    there are. Without torchrun, that is rank 0 of 1."""
     rank = int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))  # its number on this machine
     world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -971,42 +1028,29 @@ def connect_processes():
     if world_size > 1:
         if device == "mps":
             sys.exit("--device=mps is for one process; for several, use --device=cpu")
-        backend = "nccl" if device == "cuda" else "gloo"
-        dist.init_process_group(backend, store=torchrun_store(), rank=rank,
-                                world_size=world_size, timeout=timedelta(seconds=timeout))
-        at_end.callback(time.sleep, 0.2)  # for gloo, see below
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", store=torchrun_store(),
+                                rank=rank, world_size=world_size,
+                                timeout=timedelta(seconds=timeout))
     return rank, world_size
 
+def disconnect_processes():
+    """Waits for the others, since rank 0 may still be saving."""
+    dist.barrier(device_ids=[torch.cuda.current_device()] if device == "cuda" else None)
+    let_gloo_finish()
+    dist.destroy_process_group()
+
 def torchrun_store():
-    """Where the processes that torchrun starts find each other's addresses. A restart on one
-    machine would find the old ones, so each attempt has its own prefix (pytorch#135712)."""
+    """Where the processes find each other's addresses. After a restart on one machine they would
+    find the old ones, so each attempt has its own prefix (pytorch#135712)."""
     store, _, _ = next(dist.rendezvous("env://"))
     if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     return store
 
-def disconnect_processes():
-    """Waits for all, since rank 0 may still be saving."""
-    dist.barrier(device_ids=[torch.cuda.current_device()] if device == "cuda" else None)
-    # gloo's threads can hang or crash Python's exit (pytorch#190489): leave them time to finish
-    time.sleep(0.2)
-    dist.destroy_process_group()
-
-def mean_over_ranks(value, device):
-    """The mean of a number over all processes."""
-    if not dist.is_initialized():
-        return float(value)
-    total = torch.tensor(float(value), dtype=torch.float64, device=device)
-    dist.all_reduce(total)  # now the sum
-    return total.item() / dist.get_world_size()
-
-def on_any_rank(flag, device):
-    """Whether a flag is set in at least one process."""
-    if not dist.is_initialized():
-        return flag
-    flag = torch.tensor(int(flag), device=device)
-    dist.all_reduce(flag, dist.ReduceOp.MAX)
-    return bool(flag.item())
+def let_gloo_finish():
+    """Its threads can hang or crash the exit of a process (pytorch#190489)."""
+    if dist.is_initialized():
+        time.sleep(0.2)
 
 def default_dtype(device):
     """The fastest dtype that the device supports natively; old GPUs emulate bfloat16."""
@@ -1018,9 +1062,6 @@ def default_dtype(device):
 
 stop_signals = []  # when they came
 
-def stop_requested():
-    return len(stop_signals) > 0
-
 def on_stop_signal(number, frame):
     """Lets the step finish and be saved. A second signal exits at once, unless it comes within
     half a second: Slurm sends one to each process, and so does torchrun."""
@@ -1031,6 +1072,14 @@ def on_stop_signal(number, frame):
 def catch_stop_signals():
     for number in (signal.SIGINT, signal.SIGTERM):
         at_end.callback(signal.signal, number, signal.signal(number, on_stop_signal))
+
+def asked_to_stop(device):
+    """Whether any process has received a signal, so that all of them stop."""
+    stop = len(stop_signals) > 0
+    if dist.is_initialized():
+        stop = torch.tensor(int(stop), device=device)
+        dist.all_reduce(stop, dist.ReduceOp.MAX)
+    return bool(stop)
 
 # -----------------------------------------------------------------------------
 # speed
@@ -1267,9 +1316,10 @@ if __name__ == "__main__":
     globals().update(launch)
     try:
         with at_end:
+            at_end.callback(let_gloo_finish)
             main(recipe)
     except Exception as error:
         if not type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
             raise
         traceback.print_exc()
-        sys.exit("torch.compile has failed: it needs a C compiler; or use --compile=false")
+        sys.exit("torch.compile has failed. It needs a C compiler; --compile=false works without")

@@ -11,8 +11,8 @@ VOCAB = 50257
 
 def loader(data, split, T, seed=None, encoding="gpt2", **how):
     """A loader of one process and one row, or as asked for."""
-    how = {"B": 1, "rank": 0, "world_size": 1, "device": "cpu", "vocab_size": VOCAB, **how}
-    return TokenLoader(load_split(str(data), split, encoding), T=T, seed=seed, **how)
+    how = {"rows": how.pop("B", 1), "rank": 0, "world_size": 1, "vocab_size": VOCAB, **how}
+    return TokenLoader(load_split(str(data), split, encoding), T=T, seed=seed, device="cpu", **how)
 
 
 def windows_of_step(data, step, per_step, world_size, B):

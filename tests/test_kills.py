@@ -130,8 +130,9 @@ def test_a_node_that_does_not_see_the_checkpoints(text, tmp_path):
     ]
     results = [finish(node, 60) for node in nodes]
     assert [result.returncode for result in results] == [1, 1]
-    assert "this rank is at step 10, others are not" in results[0].stderr
-    assert "this rank is at step 0, others are not" in results[1].stderr
+    # the first is rank 0, and either may leave before it hears of the other
+    assert "step=0 here, but 10 in rank 0" in results[1].stderr
+    assert "do all see" in results[1].stderr
 
 
 def test_resume_on_other_numbers_of_processes(text, tmp_path, straight):
