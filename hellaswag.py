@@ -131,10 +131,10 @@ def ending_losses(model, batch):
     means = sums / mask.sum(1).view(-1, 4)
     return sums.cpu(), means.cpu()
 
-def evaluate(model, examples, batch_tokens=16384, stop_signals=()):
+def evaluate(model, examples, batch_tokens=16384, until_stopped=iter):
     """Scores our GPT or transformers' GPT2LMHeadModel; the ranks share the examples.
-    "cut" counts rows too long for the model. If a loss is not finite, all ranks exit. If there
-    are stop_signals on one of them, all return None."""
+    "cut" counts rows too long for the model. If a loss is not finite, all ranks exit.
+    until_stopped goes through the batches; it may end early, and what is returned means nothing."""
     hide = None  # tqdm shows its bar on a terminal only
     if dist.is_initialized():
         examples = examples[dist.get_rank()::dist.get_world_size()]
@@ -145,10 +145,8 @@ def evaluate(model, examples, batch_tokens=16384, stop_signals=()):
     was_training = model.training
     model.eval()
     correct = correct_norm = not_finite = 0
-    all_batches = list(batches(examples, batch_tokens))
-    for batch in tqdm(all_batches, "HellaSwag", leave=False, disable=hide):
-        if stop_signals:
-            break
+    progress = tqdm(list(batches(examples, batch_tokens)), "HellaSwag", leave=False, disable=hide)
+    for batch in until_stopped(progress):
         sums, means = ending_losses(model, batch)
         labels = torch.tensor([example.label for example in batch])
         correct += (sums.argmin(1) == labels).sum().item()
@@ -156,14 +154,12 @@ def evaluate(model, examples, batch_tokens=16384, stop_signals=()):
         not_finite += not sums.isfinite().all()
     model.train(was_training)
 
-    counts = [correct, correct_norm, len(examples), cut, not_finite, len(stop_signals)]
+    counts = [correct, correct_norm, len(examples), cut, not_finite]
     counts = torch.tensor(counts, dtype=torch.long)
     counts = counts.to(model.lm_head.weight.device)
     if dist.is_initialized():
         dist.all_reduce(counts)
-    correct, correct_norm, total, cut, not_finite, stopped = counts.tolist()
-    if stopped:
-        return None
+    correct, correct_norm, total, cut, not_finite = counts.tolist()
     if not_finite:
         sys.exit("HellaSwag: losses are not finite; the model has diverged or is damaged")
     return {"acc": correct / total, "acc_norm": correct_norm / total, "correct": correct,

@@ -62,7 +62,7 @@ n_embd = 768  # channels: 64 for each head
 dropout = 0.0  # share of activations that are dropped; helps if data is seen many times
 
 total_batch_size = 524288  # tokens in an optimizer step, over all GPUs; 2**19 is about 0.5M
-B = 64  # most sequences in a forward pass: fewer take less memory, for the same training
+B = 64  # sequences in a forward pass, at most: with fewer, it takes less memory and trains alike
 T = 1024  # tokens in a sequence
 
 # the optimizer: GPT-3's settings for a model of this size
@@ -409,23 +409,18 @@ class TokenLoader:
         y[len(mine):] = -100
         return x, y
 
-    def weight(self, windows):
-        """What the mean loss of a micro-batch counts in the mean over the windows, when all ranks
-        are averaged: 1 / n_batches, or a little more if rows were left."""
-        return self.rows * self.world_size / len(windows)
-
 # -----------------------------------------------------------------------------
 # optimizers and schedule
 
 def make_optimizers(model, optimizer, weight_decay, betas=(0.9, 0.95), momentum=0.95):
     """AdamW for everything, or Muon for the matrices in the blocks and AdamW for the rest. To
     give a group a learning rate of its own, change its lr_scale, which multiplies the schedule."""
-    vectors, embeddings, matrices = [], [], []
+    vectors, embeddings, matrices = [], [], {}
     for name, p in model.named_parameters():
         if p.dim() < 2:  # biases and LayerNorms
             vectors.append(p)
         elif name.startswith("transformer.h."):
-            matrices.append(p)
+            matrices[name] = p
         else:
             embeddings.append(p)
 
@@ -434,7 +429,7 @@ def make_optimizers(model, optimizer, weight_decay, betas=(0.9, 0.95), momentum=
         {"params": vectors, "lr_scale": 1.0, "weight_decay": 0.0},
     ]
     if optimizer == "adamw":
-        groups.append({"params": matrices, "lr_scale": 1.0, "weight_decay": weight_decay})
+        groups.append({"params": matrices.values(), "lr_scale": 1.0, "weight_decay": weight_decay})
     optimizers = [torch.optim.AdamW(groups, betas=betas, fused=True)]
     if optimizer == "muon":
         optimizers.append(Muon(matrices, weight_decay, momentum))
@@ -478,34 +473,35 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, matrices, weight_decay, momentum):
         # one parameter group for each shape, so that step() can stack its matrices
-        shapes = dict.fromkeys(p.shape for p in matrices)
-        groups = [{"params": [p for p in matrices if p.shape == shape]} for shape in shapes]
+        groups = {}
+        for name, p in matrices.items():
+            n_maps = 3 if name.endswith("c_attn.weight") else 1  # those of q, k and v
+            group = groups.setdefault((p.shape, n_maps), {"params": [], "n_maps": n_maps})
+            group["params"].append(p)
         defaults = dict(lr=0.0, lr_scale=1.0, weight_decay=weight_decay, momentum=momentum)
-        super().__init__(groups, defaults)
+        super().__init__(groups.values(), defaults)
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            updates = []
+            directions = []
             for p in group["params"]:
                 state = self.state[p]
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(p)
                 state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
                 # Nesterov's momentum: as if the next gradient were like this one
-                updates.append(p.grad.lerp(state["momentum_buffer"], group["momentum"]))
+                directions.append(p.grad.lerp(state["momentum_buffer"], group["momentum"]))
 
             # (n, rows, columns): one large product is faster than many small ones
-            stack = torch.stack(updates)
-            rows, columns = stack.shape[1:]
-            if rows == 3 * columns:
-                rows = columns  # c_attn is three maps, for q, k and v, in one product
+            stack = torch.stack(directions)
+            rows, columns = stack.shape[1] // group["n_maps"], stack.shape[2]
             stack = newton_schulz(stack.view(-1, rows, columns)).view_as(stack)
             # steps as large as AdamW's, so one learning rate suits both (arXiv 2502.16982)
             stack *= 0.2 * math.sqrt(max(rows, columns))
-            for p, update in zip(group["params"], stack, strict=True):
+            for p, direction in zip(group["params"], stack, strict=True):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.sub_(update, alpha=group["lr"])
+                p.sub_(direction, alpha=group["lr"])
 
 # -----------------------------------------------------------------------------
 # evaluation and samples
@@ -515,25 +511,22 @@ ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBac
 
 @torch.no_grad()
 def evaluate(model, loader, windows):
-    """The mean loss, in nats per token, of a range of windows, or None if asked to stop."""
+    """The mean loss on a range of windows, in nats per token. Gives up early if asked to stop."""
     model.eval()
-    loss_accum = 0.0
-    for i in range(loader.n_batches(windows)):
-        if stop_signals:
-            break
+    loss_sum = 0.0
+    for i in until_stopped(range(loader.n_batches(windows))):
         x, y = loader.batch(windows, i)
-        loss_accum += model(x, y) * loader.weight(windows)
+        loss_sum += model(x, y) * y.numel()
     model.train()
-    val_loss = mean_over_ranks(loss_accum, loader.device)
-    return val_loss if not asked_to_stop(loader.device) else None
+    return sum_over_ranks(loss_sum, loader.device) / (len(windows) * loader.T)
 
-def mean_over_ranks(value, device):
-    """The mean of a number over all processes."""
+def sum_over_ranks(value, device):
+    """The sum of a number over all processes."""
     if not dist.is_initialized():
         return float(value)
     total = torch.tensor(float(value), dtype=torch.float64, device=device)
-    dist.all_reduce(total)  # now the sum
-    return total.item() / dist.get_world_size()
+    dist.all_reduce(total)
+    return total.item()
 
 def sample(model, tokenizer, prompt, n_samples, max_new_tokens, temperature, top_k, seed):
     """Returns texts that begin with the prompt and end where the model ends its document."""
@@ -593,6 +586,8 @@ def main(recipe):
     windows_per_step = total_batch_size // T
     grad_accum_steps = math.ceil(windows_per_step / (B * world_size))
     rows = math.ceil(windows_per_step / (grad_accum_steps * world_size))  # B, or a few less
+    # the part of a step's tokens in a micro-step: 1 / grad_accum_steps, unless rows stay empty
+    micro_step_share = rows * T * world_size / total_batch_size
     config = {"recipe": recipe, **constants, "model": vars(raw_model.config)}
     if max_steps > 0:
         shards = load_split(data, "train", model_encoding)
@@ -631,9 +626,9 @@ def main(recipe):
         print(f"resuming at step {start_step}")
     end_step = max(start_step, max_steps)  # a run that is past its end is only evaluated
     log = open_log(log_dir, end_step, config, checkpoint) if writes_files else Log(end_step)
-    print_setup(raw_model, world_size, run_dtype, grad_accum_steps, rows)
+    print_setup(raw_model, world_size, run_dtype, grad_accum_steps, rows, micro_step_share)
 
-    def due(every):
+    def due(step, every):
         """True every so many steps, and where this run or the one that it continues ends."""
         return every > 0 and (step % every == 0 or step in (end_step, earlier_end))
 
@@ -643,27 +638,27 @@ def main(recipe):
     for step in range(start_step, end_step + 1):
         last_step = step == end_step
         windows = range(step * windows_per_step, (step + 1) * windows_per_step)
-        log_size = log.size()  # a run that is resumed here will write what follows again
+        log_size = log.size()  # what follows is repeated if the run is resumed at this step
 
         # once in a while: the loss on the validation set
-        if due(val_every):
+        if due(step, val_every):
             with autocast:
                 val_loss = evaluate(model, val_loader, val_windows)
-            if val_loss is not None:
+            if not asked_to_stop(device):
                 log(step, f"val loss {val_loss:.4f}", val_loss=val_loss)
                 check_finite(step, val_loss)
 
         # once in a while: HellaSwag
-        if due(hella_every) and examples is not None:
+        if due(step, hella_every) and examples is not None:
             with autocast, sdpa_kernel(ANY_LENGTH):
-                scores = hellaswag.evaluate(raw_model, examples, rows * T, stop_signals)
-            if scores is not None:
+                scores = hellaswag.evaluate(raw_model, examples, rows * T, until_stopped)
+            if not asked_to_stop(device):
                 acc_norm = scores["acc_norm"]
                 log(step, f"HellaSwag acc_norm {acc_norm:.4f}", hellaswag=acc_norm)
 
         # once in a while: samples, but none from random weights
         is_trained = step > 0 or start_from != "scratch"
-        if due(sample_every) and tokenizer is not None and is_trained and master_process:
+        if due(step, sample_every) and tokenizer is not None and is_trained and master_process:
             with autocast, sdpa_kernel(ANY_LENGTH):
                 texts = sample(raw_model, tokenizer, prompt, n_samples, sample_tokens,
                                temperature, top_k, seed)
@@ -671,7 +666,8 @@ def main(recipe):
 
         # once in a while, at the end, and when asked to stop: save
         stopping = asked_to_stop(device)
-        if step > start_step and (stopping or due(save_every)):
+        if step > start_step and (stopping or due(step, save_every)):
+            # weights without a finite loss must not replace sound ones
             check_loss(step, raw_model, train_loader, windows, autocast)
             if writes_files:
                 checkpoint = dict(
@@ -698,23 +694,23 @@ def main(recipe):
                 # DDP averages gradients over all ranks in the last backward only
                 model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
             with autocast:
-                # usually / grad_accum_steps: they add up to the mean over the whole batch
-                loss = model(x, y) * train_loader.weight(windows)
+                # in most cases / grad_accum_steps: they add up to the mean over the whole batch
+                loss = model(x, y) * micro_step_share
             loss_accum += loss.detach()
             scaler.scale(loss).backward()
-        train_loss = mean_over_ranks(loss_accum, device)
+        train_loss = sum_over_ranks(loss_accum, device) / world_size
 
         # clip the gradients, so that a bad batch does not move the weights far
         for opt in optimizers:
             scaler.unscale_(opt)  # in float16, they are scaled like the loss
         norm = nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf).item()
         check_finite(step, train_loss, norm, scaler)
-        with autocast:
+        with autocast:  # for Muon's matrix products
             update(optimizers, scaler, norm)
         raw_model.zero_grad()
 
         dt = time.perf_counter() - t0
-        if due(log_every):
+        if due(step, log_every):
             tokens_per_sec = total_batch_size / dt
             mfu = estimate_mfu(raw_model, T, tokens_per_sec / world_size, run_dtype)
             line = (f"loss {train_loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | "
@@ -732,8 +728,8 @@ def main(recipe):
             save_pretrained(raw_model, f"{log_dir}/hf")
         tokens = (step - start_step) * total_batch_size
         minutes = (time.perf_counter() - t_start) / 60
-        print(f"done: {step} steps, {tokens:,} tokens, {minutes:.1f} minutes",
-              *log.results(), log_dir, sep=", ")
+        print(f"done: {step} steps, {tokens:,} tokens, {minutes:.1f} minutes{peak_memory()}, "
+              f"{log_dir}")
     if ddp:
         disconnect_processes()
 
@@ -746,11 +742,9 @@ class Log:
     def __init__(self, end_step, file=None, run_id=None, wandb_run=None):
         self.end_step = end_step
         self.file, self.run_id, self.wandb_run = file, run_id, wandb_run
-        self.latest = {}
 
     def __call__(self, step, line, **event):
         print(f"step {step:5d}/{self.end_step} | {line}", flush=True)
-        self.latest |= event
         self.write({"step": step, **event})
         if self.wandb_run is not None:
             self.wandb_run.log(event, step=step)
@@ -763,29 +757,20 @@ class Log:
             self.wandb_run.log({"sample": "\n\n".join(texts)}, step=step)
 
     def write(self, event):
-        if self.file is None:
-            return
-        for name, value in event.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                event[name] = None  # JSON has no infinities
-        try:
-            self.file.write(json.dumps(event) + "\n")
-        except OSError as error:
-            print(f"warning: {self.file.name}: {error}")
+        if self.file is not None:
+            # JSON has no infinities
+            event = {name: value if is_finite(value) else None for name, value in event.items()}
+            try:
+                self.file.write(json.dumps(event) + "\n")
+            except OSError as error:
+                print(f"warning: {self.file.name}: {error}")
 
     def size(self):
+        """In bytes: a resumed run cuts the log at the size that its checkpoint names."""
         return os.fstat(self.file.fileno()).st_size if self.file is not None else 0
 
-    def results(self):
-        """For the last line that is printed."""
-        results = []
-        if "val_loss" in self.latest:
-            results.append(f"val loss {self.latest['val_loss']:.4f}")
-        if "hellaswag" in self.latest:
-            results.append(f"HellaSwag {self.latest['hellaswag']:.4f}")
-        if device == "cuda":
-            results.append(f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of GPU memory")
-        return results
+def is_finite(value):
+    return not isinstance(value, float) or math.isfinite(value)
 
 def time_left(t_start, done, total):
     """From the mean time of the steps that are done, evaluations and all."""
@@ -993,7 +978,7 @@ def check_loss(step, model, loader, windows, autocast):
     with torch.no_grad(), autocast:
         loss = model(x[:1], y[:1])
     model.train()
-    check_finite(step, mean_over_ranks(loss, loader.device))
+    check_finite(step, sum_over_ranks(loss, loader.device))
 
 def check_finite(step, loss, norm=0.0, scaler=None):
     """Exits if a loss or a gradient norm is infinite or not a number. In float16, such a norm is
@@ -1073,6 +1058,13 @@ def catch_stop_signals():
     for number in (signal.SIGINT, signal.SIGTERM):
         at_end.callback(signal.signal, number, signal.signal(number, on_stop_signal))
 
+def until_stopped(steps):
+    """Goes through a sequence, but ends early if this process has received a signal."""
+    for step in steps:
+        if stop_signals:
+            break
+        yield step
+
 def asked_to_stop(device):
     """Whether any process has received a signal, so that all of them stop."""
     stop = len(stop_signals) > 0
@@ -1108,18 +1100,22 @@ def estimate_mfu(model, T, tokens_per_sec, dtype):
         return None
     return tokens_per_sec * get_flops_per_token(model, T) / peak
 
-def print_setup(model, world_size, dtype, grad_accum_steps, rows):
+def print_setup(model, world_size, dtype, grad_accum_steps, rows, micro_step_share):
     """Says on what it trains, and how a step is divided."""
     name = torch.cuda.get_device_name() if device == "cuda" else device
     n_params = sum(p.numel() for p in model.parameters())
     print(f"{world_size} x {name}, {dtype}, {n_params / 1e6:.3g}M parameters")
     print(f"a step: {grad_accum_steps} x {rows} x {T} tokens in each process "
           f"(for less memory, lower --B={B})")
-    windows = total_batch_size // T
-    wasted = 1 - windows / (grad_accum_steps * rows * world_size)
+    wasted = 1 - 1 / (grad_accum_steps * micro_step_share)
     if wasted > 0.05:
-        print(f"{wasted:.0%} of that is computed for nothing: {windows} sequences "
+        print(f"{wasted:.0%} of that is computed for nothing: {total_batch_size // T} sequences "
               f"don't spread evenly over {world_size} processes with --B={B}")
+
+def peak_memory():
+    if device != "cuda":
+        return ""
+    return f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of GPU memory"
 
 # -----------------------------------------------------------------------------
 # Hugging Face's format, for --init_from=gpt2 and for the folder hf/
