@@ -62,7 +62,7 @@ n_embd = 768  # channels: 64 for each head
 dropout = 0.0  # share of activations that are dropped; helps if data is seen many times
 
 total_batch_size = 524288  # tokens in an optimizer step, over all GPUs; 2**19 is about 0.5M
-B = 64  # sequences in a forward pass, at most: with fewer, it takes less memory and trains alike
+B = 0  # sequences in a forward pass, at most; 0: what the GPU's memory holds, up to 64
 T = 1024  # tokens in a sequence
 
 # the optimizer: GPT-3's settings for a model of this size
@@ -81,8 +81,8 @@ grad_clip = 1.0  # gradients with a larger norm are scaled down to it; 0 for nev
 log_every = 1  # steps from line to line in the log
 val_every = 250  # steps between evaluations on the validation set
 val_steps = 20  # evaluate on val_steps * total_batch_size tokens, always the same ones
-hella_every = 500  # steps between evaluations on HellaSwag
-sample_every = 500  # steps between samples
+hella_every = 1000  # steps between evaluations on HellaSwag
+sample_every = 1000  # steps between samples
 save_every = 1000  # steps between checkpoints
 keep = 3  # newest checkpoints to keep, besides every 5000th step; 0 keeps all
 
@@ -113,7 +113,7 @@ recipes = {
         prompt="\n", sample_tokens=256),
     # OpenAI's or your own weights, trained on a text
     "finetune": dict(
-        data="input.txt", log_dir="log/finetuned", init_from="gpt2", dropout=0.1,
+        data="input.txt", log_dir="log/finetuned", init_from="gpt2", dropout=0.1, compile=False,
         B=4, total_batch_size=16384, max_lr=3e-5, min_lr=3e-6, warmup_steps=10, max_steps=100,
         val_every=25, hella_every=0, sample_every=50, save_every=50),
     # texts by such weights; trains and writes nothing
@@ -144,6 +144,7 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        assert config.n_embd % config.n_head == 0
         self.n_head = config.n_head
         self.dropout = config.dropout
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # q, k, v in one product
@@ -222,7 +223,8 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)
 
     def hidden(self, idx):
-        """Ids (B, T), T <= block_size -> states after the last LayerNorm, (B, T, C)."""
+        """Ids (B, T) -> states after the last LayerNorm, (B, T, C)."""
+        assert idx.shape[1] <= self.config.block_size, "more tokens than the model has positions"
         tok_emb = self.transformer.wte(idx)  # (B, T, C)
         # (T, C): without positions, attention would not see the order of the tokens
         pos_emb = self.transformer.wpe.weight[:idx.shape[1]]
@@ -240,7 +242,7 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None):
         """Ids (B, T) -> logits (B, T, vocab_size), or the mean loss given targets (B, T).
-        The loss of a target of -100 is 0: that is what cross_entropy ignores."""
+        A target of -100 counts as a loss of 0: cross_entropy leaves it out, the mean does not."""
         logits = self.logits(self.hidden(idx))
         if targets is None:
             return logits
@@ -368,7 +370,7 @@ class TokenLoader:
     def start_epoch(self, epoch):
         """Shuffles the windows, and moves all of them, so that each epoch cuts elsewhere."""
         self.epoch = epoch
-        self.offset = 101 * epoch % self.T
+        self.offset = 101 * epoch % self.T  # 101 is prime: T epochs have T different offsets
         self.order = np.arange(self.n_windows)
         if self.seed is not None:  # for validation, the order stays
             np.random.default_rng([self.seed, epoch]).shuffle(self.order)
@@ -511,7 +513,8 @@ ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBac
 
 @torch.no_grad()
 def evaluate(model, loader, windows):
-    """The mean loss on a range of windows, in nats per token. Gives up early if asked to stop."""
+    """The mean loss on a range of windows, in nats per token. If the run is asked to stop, it
+    gives up early, and the number that it returns means nothing."""
     model.eval()
     loss_sum = 0.0
     for i in until_stopped(range(loader.n_batches(windows))):
@@ -562,7 +565,11 @@ def main(recipe):
 
     # products in 16 bits where the device is fast at them
     run_dtype = default_dtype(device) if dtype == "auto" else dtype
-    autocast = torch.autocast(device, getattr(torch, run_dtype), enabled=run_dtype != "float32")
+    autocast = contextlib.nullcontext()
+    if run_dtype != "float32":
+        autocast = torch.autocast(device, getattr(torch, run_dtype))
+    if device == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for what remains in float32
     # float16 would round small gradients to 0, so scale the loss up. Other dtypes don't
     scaler = torch.amp.GradScaler(device, enabled=run_dtype == "float16")
 
@@ -584,9 +591,10 @@ def main(recipe):
 
     # data: a step takes this many windows of T tokens, spread evenly over all ranks
     windows_per_step = total_batch_size // T
-    grad_accum_steps = math.ceil(windows_per_step / (B * world_size))
-    rows = math.ceil(windows_per_step / (grad_accum_steps * world_size))  # B, or a few less
-    # the part of a step's tokens in a micro-step: 1 / grad_accum_steps, unless rows stay empty
+    max_rows = B if B > 0 else rows_that_fit(raw_model, T)
+    grad_accum_steps = math.ceil(windows_per_step / (max_rows * world_size))
+    rows = math.ceil(windows_per_step / (grad_accum_steps * world_size))  # the most, or fewer
+    # of a step's tokens, how many a micro-step takes: 1 / grad_accum_steps if no row is empty
     micro_step_share = rows * T * world_size / total_batch_size
     config = {"recipe": recipe, **constants, "model": vars(raw_model.config)}
     if max_steps > 0:
@@ -622,8 +630,9 @@ def main(recipe):
     start_step, earlier_end = 0, max_steps
     if checkpoint is not None:
         start_step, earlier_end = checkpoint["step"], checkpoint["config"]["max_steps"]
-        load_optimizers(optimizers, scaler, checkpoint)
         print(f"resuming at step {start_step}")
+        if max_steps > 0:
+            load_optimizers(optimizers, scaler, checkpoint)
     end_step = max(start_step, max_steps)  # a run that is past its end is only evaluated
     log = open_log(log_dir, end_step, config, checkpoint) if writes_files else Log(end_step)
     print_setup(raw_model, world_size, run_dtype, grad_accum_steps, rows, micro_step_share)
@@ -634,11 +643,18 @@ def main(recipe):
 
     catch_stop_signals()
     t_start = time.perf_counter()
+    if start_step < end_step:
+        # compile now, and see now whether a step fits into memory, not after a long evaluation
+        x, y = train_loader.batch(range(windows_per_step), 0)
+        with autocast:
+            model(x, y).backward()
+        raw_model.zero_grad()
+
     # at this point, the run has made `step` updates; the last round only evaluates and saves
     for step in range(start_step, end_step + 1):
         last_step = step == end_step
         windows = range(step * windows_per_step, (step + 1) * windows_per_step)
-        log_size = log.size()  # what follows is repeated if the run is resumed at this step
+        log_size = log.size()  # a run that is resumed at this step repeats what follows
 
         # once in a while: the loss on the validation set
         if due(step, val_every):
@@ -684,7 +700,7 @@ def main(recipe):
         for opt in optimizers:
             for group in opt.param_groups:
                 group["lr"] = lr * group["lr_scale"]
-        torch.manual_seed(seed + step * world_size + rank)  # dropout depends on the step alone
+        torch.manual_seed(seed + step * world_size + rank)  # for dropout: the same if resumed
 
         # a whole batch would need too much memory: add up the gradients of micro-batches
         loss_accum = 0.0
@@ -694,7 +710,8 @@ def main(recipe):
                 # DDP averages gradients over all ranks in the last backward only
                 model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
             with autocast:
-                # in most cases / grad_accum_steps: they add up to the mean over the whole batch
+                # backward() adds up gradients, but we want those of the mean loss: so this is
+                # loss / grad_accum_steps, or a little more if some rows are empty
                 loss = model(x, y) * micro_step_share
             loss_accum += loss.detach()
             scaler.scale(loss).backward()
@@ -766,7 +783,7 @@ class Log:
                 print(f"warning: {self.file.name}: {error}")
 
     def size(self):
-        """In bytes: a resumed run cuts the log at the size that its checkpoint names."""
+        """In bytes. A checkpoint names it, so that a resumed run can drop later lines."""
         return os.fstat(self.file.fileno()).st_size if self.file is not None else 0
 
 def is_finite(value):
@@ -910,8 +927,7 @@ def model_of(checkpoint, dropout):
 
 def load_optimizers(optimizers, scaler, checkpoint):
     """Loads the averages of gradients. Settings, like the weight decay, stay this launch's."""
-    saved_states = checkpoint.pop("optimizers")
-    for opt, saved in zip(optimizers, saved_states, strict=False):  # none, if it only evaluates
+    for opt, saved in zip(optimizers, checkpoint.pop("optimizers"), strict=True):
         opt.load_state_dict(opt.state_dict() | {"state": saved["state"]})
     scaler.load_state_dict(scaler.state_dict() | checkpoint["scaler"])  # {} if not float16
 
@@ -1009,19 +1025,19 @@ def connect_processes():
             n_processes = os.environ.get("LOCAL_WORLD_SIZE", 1)
             sys.exit(f"--device=cuda: {n_processes} processes, but only {n_gpus} GPUs")
         torch.cuda.set_device(local_rank)
-        torch.set_float32_matmul_precision("high")  # TF32 for what remains in float32
     if world_size > 1:
         if device == "mps":
             sys.exit("--device=mps is for one process; for several, use --device=cpu")
-        dist.init_process_group("nccl" if device == "cuda" else "gloo", store=torchrun_store(),
-                                rank=rank, world_size=world_size,
-                                timeout=timedelta(seconds=timeout))
+        backend = "nccl" if device == "cuda" else "gloo"
+        # without a store of our own, a restart would find old addresses: see torchrun_store
+        dist.init_process_group(backend, store=torchrun_store(), rank=rank,
+                                world_size=world_size, timeout=timedelta(seconds=timeout))
     return rank, world_size
 
 def disconnect_processes():
     """Waits for the others, since rank 0 may still be saving."""
     dist.barrier(device_ids=[torch.cuda.current_device()] if device == "cuda" else None)
-    let_gloo_finish()
+    let_gloo_finish()  # else the exit may hang: see there
     dist.destroy_process_group()
 
 def torchrun_store():
@@ -1074,7 +1090,7 @@ def asked_to_stop(device):
     return bool(stop)
 
 # -----------------------------------------------------------------------------
-# speed
+# speed and memory
 
 # dense 16-bit FLOP/s from the data sheets; the first key found in the GPU's name counts
 PEAK_FLOPS = {"T4": 65e12, "V100": 125e12, "L4": 121e12, "L40S": 362e12, "A10": 125e12,
@@ -1100,17 +1116,34 @@ def estimate_mfu(model, T, tokens_per_sec, dtype):
         return None
     return tokens_per_sec * get_flops_per_token(model, T) / peak
 
+def rows_that_fit(model, T, memory=None):
+    """How many sequences a training step can take in a GPU's memory (in bytes), with a tenth of
+    it to spare: a power of two up to 64. By arithmetic: a number in 16 bits for each activation
+    that is kept for the backward pass, of which torch.compile keeps 16 C in each layer."""
+    if memory is None:
+        if device != "cuda":
+            return 8
+        memory = torch.cuda.get_device_properties("cuda").total_memory
+    c = model.config
+    # float32 weights and gradients, and AdamW's two averages
+    fixed = 16 * sum(p.numel() for p in model.parameters())
+    per_row = T * 2 * (16.5 * c.n_layer * c.n_embd + c.vocab_size)
+    if not compile:
+        per_row *= 2.4
+    fit = (0.9 * memory - fixed) / per_row
+    return min(64, 2 ** int(math.log2(max(1, fit))))
+
 def print_setup(model, world_size, dtype, grad_accum_steps, rows, micro_step_share):
     """Says on what it trains, and how a step is divided."""
     name = torch.cuda.get_device_name() if device == "cuda" else device
     n_params = sum(p.numel() for p in model.parameters())
     print(f"{world_size} x {name}, {dtype}, {n_params / 1e6:.3g}M parameters")
     print(f"a step: {grad_accum_steps} x {rows} x {T} tokens in each process "
-          f"(for less memory, lower --B={B})")
+          f"(for less memory, lower --B={rows})")
     wasted = 1 - 1 / (grad_accum_steps * micro_step_share)
     if wasted > 0.05:
         print(f"{wasted:.0%} of that is computed for nothing: {total_batch_size // T} sequences "
-              f"don't spread evenly over {world_size} processes with --B={B}")
+              f"don't spread evenly over {world_size} processes with --B={rows}")
 
 def peak_memory():
     if device != "cuda":
@@ -1213,7 +1246,7 @@ TYPES = {
          "top_k timeout",
     float: "dropout max_lr min_lr weight_decay beta1 beta2 momentum grad_clip temperature"}
 TYPES = {name: kind for kind, names in TYPES.items() for name in names.split()}
-POSITIVE = "n_layer n_head n_embd total_batch_size B T val_steps timeout".split()
+POSITIVE = "n_layer n_head n_embd total_batch_size T val_steps timeout".split()
 BELOW_1 = "dropout beta1 beta2 momentum".split()
 CHOICES = {"optimizer": ("adamw", "muon"), "encoding": ("gpt2", "bytes"),
            "dtype": ("auto", "bfloat16", "float16", "float32"), "device": ("cuda", "mps", "cpu")}

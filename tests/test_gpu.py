@@ -25,7 +25,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from train_gpt2 import GPT, GPTConfig, get_flops_per_token
+import train_gpt2
+from train_gpt2 import GPT, GPTConfig, get_flops_per_token, rows_that_fit
 
 # runs the script with a compiler that keeps the graphs as they are; counts them at the end
 COUNTING = """
@@ -85,6 +86,37 @@ def test_flops_per_token(shape):
     vectors = sum(p.numel() for p in model.parameters() if p.dim() == 1)
     assert counter.get_total_flops() == B * T * (formula - 6 * vectors)
     assert 6 * vectors < 0.002 * formula
+
+
+# GiB that a compiled step of 64, 32 and 16 sequences takes, from traces of its kernels (also in
+# float16, with a T4's attention): the bytes alive at the peak, the weights, gradients and AdamW's
+PEAK = {64: 24.7 + 1.9, 32: 12.5 + 1.9, 16: 6.4 + 1.9, 8: 3.4 + 1.9}
+EAGER_PEAK = {64: 59.0, 32: 30.5, 16: 16.0, 8: 9.0}
+
+
+@pytest.mark.parametrize("compile, peaks", [(True, PEAK), (False, EAGER_PEAK)])
+@pytest.mark.parametrize("card", [80, 48, 24, 16])
+def test_the_default_batch_fits_each_card(monkeypatch, compile, peaks, card):
+    """With a tenth to spare, and twice as many sequences would not, or are more than 64."""
+    monkeypatch.setattr(train_gpt2, "compile", compile)
+    with torch.device("meta"):
+        model = GPT(GPTConfig())
+    gib = card * 0.98  # what such a card says it has
+    rows = rows_that_fit(model, 1024, gib * 2**30)
+    assert peaks[rows] < 0.9 * gib
+    assert rows == 64 or peaks[2 * rows] > 0.85 * gib
+
+
+def test_the_default_batch_of_larger_models_and_longer_sequences(monkeypatch):
+    monkeypatch.setattr(train_gpt2, "compile", True)
+    rows = []
+    for shape, T in (((24, 16, 1024), 1024), ((48, 25, 1600), 1024), ((12, 12, 768), 4096)):
+        with torch.device("meta"):
+            model = GPT(GPTConfig(T, 50257, *shape))
+        rows.append(rows_that_fit(model, T, 78 * 2**30))
+    assert rows == [64, 16, 32]
+    assert rows_that_fit(model, 1024, 2**30) == 1  # does not fit at all: torch will say so
+    assert rows_that_fit(model, 1024) == 8 or torch.cuda.is_available()
 
 
 # float16 ---------------------------------------------------------------------

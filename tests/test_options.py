@@ -165,7 +165,6 @@ MISTAKES = {
     "--n_head=3": "n_embd=32 is no multiple of n_head=3",
     "--n_layer=0": "n_layer=0: expected a number above 0",
     "--B=-4": "B=-4",
-    "--B=0": "B=0",
     "--n_embd=0": "n_embd=0",
     "--T=0": "T=0",
     "--T=7": "total_batch_size=512 is no multiple of T=7",
