@@ -19,15 +19,18 @@ COMMIT = "0123456789" * 4
 class Hub(http.server.ThreadingHTTPServer):
     """requests lists the (method, path, range) of each request. drops maps a file's name to a list:
     for each of the first attempts, the number of bytes after which the connection breaks off. It
-    is closed in order, or reset (as by a firewall) if reset is set. A stalled file never comes."""
+    is closed in order, or reset (as by a firewall) if reset is set. A stalled file never comes. A
+    gated dataset needs a login."""
 
     daemon_threads = True
 
-    def __init__(self, folder, repo, drops=None, reset=False, stalled=()):
+    def __init__(self, folder, repo, drops=None, reset=False, stalled=(), gated=False):
         super().__init__(("127.0.0.1", 0), Handler)
         self.folder, self.repo, self.reset, self.stalled = Path(folder), repo, reset, stalled
         self.drops = {name: list(counts) for name, counts in (drops or {}).items()}
         self.requests = []
+        self.gated = gated
+        self.failures = []  # the status of the first answers for files
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     def env(self, home):
@@ -58,10 +61,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         hub, path = self.server, urllib.parse.unquote(self.path.partition("?")[0])
         hub.requests.append((self.command, path, self.headers.get("Range")))
+        if hub.gated:
+            said = "Access to this dataset is restricted. You must be authenticated: log in."
+            headers = {"X-Error-Code": "GatedRepo", "X-Error-Message": said}
+            return self.answer(401, b"", headers)
         if path in (f"/api/datasets/{hub.repo}", f"/api/datasets/{hub.repo}/revision/{COMMIT}"):
             return self.answer(200, json.dumps({"id": hub.repo, "sha": COMMIT}).encode())
         prefix = f"/api/datasets/{hub.repo}/tree/{COMMIT}"
         folder = hub.folder / path.removeprefix(prefix).strip("/")
+        recursive = "recursive=true" in self.path.lower()
         if path.startswith(prefix) and folder.is_dir():
             entries = [
                 {
@@ -70,12 +78,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     "size": entry.stat().st_size,
                     "oid": "",
                 }
-                for entry in folder.iterdir()
+                for entry in (folder.rglob("*") if recursive else folder.iterdir())
             ]
             return self.answer(200, json.dumps(entries).encode())
         name = path.removeprefix(f"/datasets/{hub.repo}/resolve/{COMMIT}/")
         if name == path or not (hub.folder / name).is_file():
             return self.answer(404, b"", {"X-Error-Code": "EntryNotFound"})
+        if hub.failures:
+            return self.answer(hub.failures.pop(0), b"")
         while name in hub.stalled and self.command == "GET":
             time.sleep(0.1)
         body = (hub.folder / name).read_bytes()

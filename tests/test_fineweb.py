@@ -221,6 +221,11 @@ def wait_for_shards(process, out, n):
         time.sleep(0.002)
 
 
+def n_counted(out):
+    """How many shards the progress counts."""
+    return len(json.loads((out / "progress.json").read_text())["shards"])
+
+
 def times(out):
     return {path.name: path.stat().st_mtime_ns for path in out.glob("*.npy")}
 
@@ -244,7 +249,7 @@ def test_kill_9(long, tmp_path, seed):
         now = times(tmp_path / "out")
         assert now.items() >= kept.items()
         assert {len(np.load(path)) for path in shards_of(tmp_path / "out")} == {SIZE}
-        counted = json.loads((tmp_path / "out" / "progress.json").read_text())["shard"]
+        counted = n_counted(tmp_path / "out")
         assert len(now) - 1 <= counted <= len(now)
         kept = {path.name: now[path.name] for path in shards_of(tmp_path / "out")[:counted]}
     make(*flags)
@@ -256,12 +261,12 @@ def test_kill_9(long, tmp_path, seed):
 def test_killed_between_a_shard_and_its_progress(source, tokens, tmp_path, shard):
     """The shard is made again with the same bytes, even by other workers with other batches."""
     flags = f"--source={source}", f"--out={tmp_path / 'out'}", f"--shard_size={SIZE}"
-    line = '        progress["shard"] += 1\n'
-    kill = f'        if progress["shard"] == {shard}:\n            signal.raise_signal(9)\n'
+    line = '            progress["shards"].append(dict(\n'
+    kill = f'            if path.stem[-1] == "{shard}":\n                signal.raise_signal(9)\n'
     process = start(*flags, script=variant(tmp_path / "killed.py", line, kill + line))
     assert finish(process).returncode == -signal.SIGKILL
     assert_tokens(tmp_path / "out", tokens[: (shard + 1) * SIZE])
-    assert json.loads((tmp_path / "out" / "progress.json").read_text())["shard"] == shard
+    assert n_counted(tmp_path / "out") == shard
     script = variant(tmp_path / "other.py", "batch_size = 256", "batch_size = 99")
     make(*flags, "--workers=3", script=script)
     assert_tokens(tmp_path / "out", tokens)
@@ -274,7 +279,7 @@ def test_killed_between_a_shard_and_its_progress(source, tokens, tmp_path, shard
         (
             "file.write(json.dumps(content).encode())",
             "file.write(json.dumps(content).encode()[:9])",
-            'content["shard"] == 2',
+            'len(content["shards"]) == 2',
         ),
     ],
 )
@@ -429,22 +434,37 @@ def test_bad_sources(tmp_path, name, content):
     (tmp_path / "source" / name).write_bytes(content)
     message = fail(f"--source={tmp_path / 'source'}", f"--out={tmp_path / 'out'}")
     assert str(tmp_path / "source") in message
-    assert name in message or "no .parquet, .jsonl, .txt" in message
+    assert name in message or "no .parquet, .jsonl, .jsonl.gz, .json, .txt" in message
 
 
 def test_a_bad_line_is_looked_for_where_the_message_says(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' * 299 + '{"text": "b')
     message = fail(f"--source={tmp_path}", f"--out={tmp_path / 'out'}")
-    assert "a.jsonl, after 256 documents: " in message
+    assert "a.jsonl, document 300: " in message
 
 
-def test_parquet_without_text(tmp_path):
-    for name, table in {"none": {"body": ["a"]}, "numbers": {"text": [1, 2]}}.items():
-        (tmp_path / name).mkdir()
-        pq.write_table(pa.table(table), tmp_path / name / "a.parquet")
-        result = finish(start(f"--source={tmp_path / name}", f"--out={tmp_path / name / 'out'}"))
-        expected = "a.parquet" if name == "none" else "'int' object has no attribute 'encode'"
-        assert result.returncode == 1 and expected in result.stderr
+@pytest.mark.parametrize(
+    "column, values, message",
+    [
+        ("body", ["a"], "text"),
+        ("text", [1, 2], 'document 1: "text" is int, not a string'),
+        ("text", [["a"], ["b"]], 'document 1: "text" is list, not a string'),
+        ("text", [b"a", None, b"\xff"], "document 3: 'utf-8' codec can't decode byte 0xff"),
+    ],
+)
+def test_parquet_without_text(tmp_path, column, values, message):
+    """One line with the file and the document."""
+    (tmp_path / "source").mkdir()
+    pq.write_table(pa.table({column: values}), tmp_path / "source" / "a.parquet")
+    line = fail(f"--source={tmp_path / 'source'}", f"--out={tmp_path / 'out'}")
+    assert "a.parquet, document " in line and message in line
+
+
+@pytest.mark.parametrize("value", ["5", '["a"]', '{"a": 1}'])
+def test_json_whose_text_is_no_string(tmp_path, value):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": %s}\n' % value)
+    line = fail(f"--source={tmp_path}", f"--out={tmp_path / 'out'}")
+    assert 'a.jsonl, document 2: "text" is' in line and "worker" not in line
 
 
 @pytest.mark.parametrize(
@@ -547,6 +567,312 @@ def test_pretokenized(tmp_path, name):
         assert (out / file).read_bytes() == (tmp_path / "hub" / file).read_bytes()
     (out / "progress.json").unlink()
     assert "unknown shards" in fail(flag, f"--out={out}")
+
+
+# sources as people have them
+
+
+def write_documents(path, *texts):
+    """A file with these documents, of the kind that its name says."""
+    import gzip
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        write_parquet(path, list(texts))
+    elif path.suffix.lower() == ".txt":
+        path.write_text("<|endoftext|>".join(texts))
+    else:
+        content = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+        path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+
+
+def test_every_kind_of_file(tmp_path):
+    """Also with capital letters and compressed. The others are named once."""
+    names = "a.parquet b.jsonl c.jsonl.gz d.json e.txt f.TXT g.Parquet".split()
+    for name in names:
+        write_documents(tmp_path / "source" / name.replace("Parquet", "parquet"), f"in {name}")
+    (tmp_path / "source" / "g.parquet").rename(tmp_path / "source" / "g.Parquet")
+    for name in ("README.md", "notes.docx"):
+        (tmp_path / "source" / name).write_text("not a document")
+    flags = f"--source={tmp_path / 'source'}", f"--out={tmp_path / 'out'}"
+    said = make(*flags)
+    assert_tokens(tmp_path / "out", reference([f"in {name}" for name in names]), 100_000_000)
+    assert "passing over 2 other files: README.md, notes.docx" in said
+    assert "passing over" not in make(*flags)
+
+
+def test_hidden_files_are_not_documents(tmp_path):
+    for name in (".a.jsonl", "._b.jsonl", ".ipynb_checkpoints/c.jsonl", "d/.cache/e.jsonl"):
+        write_documents(tmp_path / "source" / name, "hidden")
+    write_documents(tmp_path / "source" / "d" / "f.jsonl", "seen")
+    said = make(f"--source={tmp_path / 'source'}", f"--out={tmp_path / 'out'}")
+    assert_tokens(tmp_path / "out", reference(["seen"]), 100_000_000)
+    assert "passing over" not in said
+
+
+def test_links_are_followed(tmp_path):
+    """To files, to folders, and once where they lead in a circle. A broken one is an error."""
+    write_documents(tmp_path / "disk" / "a.jsonl", "a")
+    write_documents(tmp_path / "elsewhere.jsonl", "b")
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "1").symlink_to(tmp_path / "disk")
+    (source / "2.jsonl").symlink_to(tmp_path / "elsewhere.jsonl")
+    (tmp_path / "disk" / "circle").symlink_to(tmp_path / "disk")
+    flags = f"--source={source}", "--shard_size=1000"
+    make(*flags, f"--out={tmp_path / 'out'}")
+    assert_tokens(tmp_path / "out", reference(["a", "b"]), 1000)
+    (source / "3.jsonl").symlink_to(tmp_path / "gone")
+    line = fail(*flags, f"--out={tmp_path / 'other'}")
+    assert "3.jsonl: the link is broken" in line
+
+
+def test_a_mirror_of_the_dataset(tmp_path):
+    """The subset is that of the hub by default, and goes into folders below."""
+    for name in ("data/CC-1/a.parquet", "sample/10BT/b.parquet", "sample/100BT/c.parquet"):
+        write_documents(tmp_path / "mirror" / name, name)
+    source = f"--source={tmp_path / 'mirror'}"
+    for subset, name in (
+        ([], "sample/10BT/b.parquet"),
+        (["--subset=data"], "data/CC-1/a.parquet"),
+        (["--subset=sample/100BT"], "sample/100BT/c.parquet"),
+    ):
+        out = tmp_path / name.replace("/", "-")
+        make(source, *subset, f"--out={out}")
+        assert_tokens(out, reference([name]), 100_000_000)
+    assert "--subset=none" in fail(source, "--subset=none", f"--out={tmp_path / 'none'}")
+
+
+def test_subsets_on_the_hub(tmp_path):
+    """As in a folder; one that is not there is named."""
+    for name in ("data/CC-1/a.parquet", "data/.hidden/b.parquet", "sample/10BT/c.parquet"):
+        write_documents(tmp_path / "hub" / name, name)
+    with Hub(tmp_path / "hub", REPO) as hub:
+        env = hub.env(tmp_path / "home")
+        make("--subset=data", f"--out={tmp_path / 'out'}", env=env)
+        line = fail("--subset=none", f"--out={tmp_path / 'none'}", env=env)
+    assert_tokens(tmp_path / "out", reference(["data/CC-1/a.parquet"]), 100_000_000)
+    assert "--subset=none" in line and REPO in line
+
+
+MARK = "<|endoftext|>"
+
+
+@pytest.mark.parametrize("separator", [MARK, f"\n{MARK}\n", f"\r\n{MARK}\r\n"])
+@pytest.mark.parametrize("piece", [1_000_000, 1100])
+def test_a_text_of_many_documents(tmp_path, separator, piece):
+    """As in TinyStories: marks between documents, wherever the pieces end that are read at a time.
+    In other files, the mark stays ordinary text."""
+    play = (ROOT / "input.txt").read_text()
+    stories = [play[i : i + 900] for i in range(0, 90_000, 900)]
+    stories = [story.strip("\n") for story in stories] + ["short", " a space, and one line end\n"]
+    folder = tmp_path / "source"
+    folder.mkdir()
+    (folder / "stories.txt").write_bytes(separator.join(["", *stories]).encode())
+    script = variant(tmp_path / "s.py", "piece = 1_000_000", f"piece = {piece}")
+    flags = f"--source={folder}", "--shard_size=10000", "--workers=2"
+    make(*flags, f"--out={tmp_path / 'out'}", script=script)
+    assert_tokens(tmp_path / "out", reference(stories), 10000)
+    (folder / "stories.txt").unlink()
+    write_documents(folder / "a.jsonl", separator.join(stories))
+    make(*flags, f"--out={tmp_path / 'plain'}", script=script)
+    assert_tokens(tmp_path / "plain", reference([separator.join(stories)]), 10000)
+
+
+def test_a_text_larger_than_memory(tmp_path):
+    """One document of 64 MB, without a mark, with little memory: it comes in pieces, which make one
+    document. Another text, without marks, stays as it is."""
+    line = "Now is the winter of our discontent\n"
+    n = 64_000_000 // len(line)
+    (tmp_path / "a.txt").write_text(line * n)
+    (tmp_path / "b.txt").write_text("\n\nb\n\n")
+    out = tmp_path / "out"
+    process = start(f"--source={tmp_path}", f"--out={out}", "--workers=1")
+    peak = 0
+    while process.poll() is None:
+        try:
+            status = open(f"/proc/{process.pid}/status").read()
+            peak = max(peak, int(status.partition("VmHWM:")[2].split()[0]))  # kB
+        except (OSError, IndexError):
+            pass
+        time.sleep(0.05)
+    assert finish(process).returncode == 0
+    tokens = np.concatenate([np.load(path) for path in shards_of(out)])
+    assert (tokens == 50256).sum() == 2
+    assert abs(len(tokens) / (n * len(reference([line])[1:])) - 1) < 1e-3
+    assert np.array_equal(tokens[-len(reference(["\n\nb\n\n"])) :], reference(["\n\nb\n\n"]))
+    # Python with its packages, the shard of 200 MB that is being filled, and some pieces
+    assert peak < 600_000, f"{peak} kB"
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_million_spaces(tmp_path, workers):
+    """tiktoken's regular expression gives up on them: they are cut, and nothing is lost."""
+    import tiktoken
+
+    texts = ["before", "a" + " " * 999_999 + "b", "c" + "\n" * 999_999 + "d", "after"]
+    write_documents(tmp_path / "source" / "a.jsonl", *texts)
+    out = tmp_path / "out"
+    make(f"--source={tmp_path / 'source'}", f"--out={out}", f"--workers={workers}")
+    (shard,) = shards_of(out)
+    text = tiktoken.get_encoding("gpt2").decode(np.load(shard).tolist())
+    assert text == "".join("<|endoftext|>" + each for each in texts)
+
+
+def test_text_as_binary(tmp_path):
+    """As Spark and Impala write it."""
+    texts = ["one", None, "zwei \u00fc"]
+    values = pa.array([text and text.encode() for text in texts], pa.binary())
+    (tmp_path / "source").mkdir()
+    pq.write_table(pa.table({"text": values}), tmp_path / "source" / "a.parquet")
+    make(f"--source={tmp_path / 'source'}", f"--out={tmp_path / 'out'}")
+    assert_tokens(tmp_path / "out", reference(texts), 100_000_000)
+
+
+def test_a_lost_shard_is_made_again(source, tokens, tmp_path):
+    """So is one of another size, at the next start, and nothing else."""
+    flags = f"--source={source}", f"--out={tmp_path / 'out'}", f"--shard_size={SIZE}"
+    make(*flags)
+    paths = shards_of(tmp_path / "out")
+    before = times(tmp_path / "out")
+    paths[1].unlink()
+    paths[3].write_bytes(b"")
+    paths[-1].write_bytes(paths[-1].read_bytes()[:-2])
+    said = make(*flags)
+    assert said.count("making it again") == 3
+    assert_tokens(tmp_path / "out", tokens)
+    after = times(tmp_path / "out")
+    changed = {name for name in after if after[name] != before[name]}
+    assert changed == {paths[1].name, paths[3].name, paths[-1].name}
+    assert "again" not in make(*flags)
+
+
+def test_a_lost_shard_whose_source_has_changed(tmp_path):
+    """What can't be made again is said, and the other shards stay."""
+    write_documents(tmp_path / "source" / "a.jsonl", *["one two three"] * 20)
+    flags = f"--source={tmp_path / 'source'}", f"--out={tmp_path / 'out'}", "--shard_size=50"
+    make(*flags)
+    last = shards_of(tmp_path / "out")[-1]
+    last.unlink()
+    write_documents(tmp_path / "source" / "a.jsonl", *["one two three"] * 10)
+    assert "has changed" in fail(*flags)
+    assert len(shards_of(tmp_path / "out")) == 1
+
+
+@pytest.mark.parametrize("content", ["", "\n\n", '{"text": null}\n{"text": null}\n'])
+def test_a_source_without_documents(tmp_path, content):
+    (tmp_path / "a.jsonl").write_text(content)
+    assert "no documents" in fail(f"--source={tmp_path}", f"--out={tmp_path / 'out'}")
+    assert not list((tmp_path / "out").glob("*.npy"))
+
+
+def test_new_files_after_the_end(tmp_path):
+    write_documents(tmp_path / "source" / "b.jsonl", "one")
+    flags = f"--source={tmp_path / 'source'}", f"--out={tmp_path / 'source' / 'out'}"
+    assert "new files" not in make(*flags)
+    write_documents(tmp_path / "source" / "a.jsonl", "two")
+    said = make(*flags)
+    assert "a.jsonl and so on: 1 new files are not part of these shards" in said
+    assert_tokens(tmp_path / "source" / "out", reference(["one"]), 100_000_000)
+
+
+def test_no_more_workers_than_cores(tmp_path):
+    """The default counts the cores that the process may use."""
+    import fineweb
+
+    allowed = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(allowed)})
+        assert fineweb.n_cores() == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # fineweb.py sets its own
+
+
+def test_too_many_workers(tmp_path):
+    write_documents(tmp_path / "source" / "a.jsonl", "one")
+    limit = lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (24, 24))  # noqa: E731
+    flags = f"--source={tmp_path / 'source'}", f"--out={tmp_path / 'out'}", "--workers=40"
+    assert "fewer --workers" in fail(*flags, preexec_fn=limit)
+
+
+def test_a_gated_dataset(tmp_path):
+    """The hub's advice is shown whole, at once."""
+    (tmp_path / "hub").mkdir()
+    began = time.monotonic()
+    with Hub(tmp_path / "hub", REPO, gated=True) as hub:
+        line = fail(f"--out={tmp_path / 'out'}", env=hub.env(tmp_path / "home"))
+    assert "restricted" in line and "log in" in line and time.monotonic() - began < 15
+
+
+def test_only_what_can_pass_is_tried_again(texts, tmp_path):
+    """A file that is forbidden is not; an overloaded hub is."""
+    for status, times in ((403, 100), (503, 2)):
+        write_parquet(tmp_path / "hub" / "sample" / "10BT" / "a.parquet", texts[:10])
+        with Hub(tmp_path / "hub", REPO) as hub:
+            hub.failures = [status] * times
+            flags = f"--out={tmp_path / str(status)}", "--workers=1"
+            began = time.monotonic()
+            result = finish(start(*flags, env=hub.env(tmp_path / f"home-{status}")))
+        assert result.returncode == (1 if status == 403 else 0), result.stderr
+        if status == 403:
+            assert "403" in last_line(result.stderr) and time.monotonic() - began < 20
+
+
+def test_a_damaged_download_is_made_anew(texts, tokens, tmp_path):
+    """Once, from the place where it was damaged."""
+    name = "sample/10BT/a.parquet"
+    write_parquet(tmp_path / "hub" / name, texts, row_group_size=500)
+    flags = f"--out={tmp_path / 'out'}", f"--shard_size={SIZE}", "--workers=1"
+    with Hub(tmp_path / "hub", REPO) as hub:
+        env = hub.env(tmp_path / "home")
+        make(*flags, "--shards=1", env=env)
+        (cached,) = tmp_path.glob("home/hub/datasets--*/blobs/*")
+        content = cached.read_bytes()
+        cached.write_bytes(content[: len(content) // 2] + bytes(10_000) + content[-1000:])
+        said = make(*flags, env=env)
+    assert "is damaged" in said and said.count("again") == 1
+    assert_tokens(tmp_path / "out", tokens)
+
+
+def test_offline_with_a_full_cache(texts, tokens, tmp_path):
+    write_parquet(tmp_path / "hub" / "sample" / "10BT" / "a.parquet", texts)
+    flags = f"--out={tmp_path / 'out'}", f"--shard_size={SIZE}", "--workers=1"
+    with Hub(tmp_path / "hub", REPO) as hub:
+        env = hub.env(tmp_path / "home")
+        make(*flags, "--shards=2", env=env)
+    make(*flags, env={**env, "HF_HUB_OFFLINE": "1"})
+    assert_tokens(tmp_path / "out", tokens)
+
+
+def test_pretokenized_with_a_folder(tmp_path):
+    (tmp_path / "shards").mkdir()
+    line = fail(f"--pretokenized={tmp_path / 'shards'}", f"--out={tmp_path / 'out'}")
+    assert "is a folder" in line
+
+
+def test_progress_on_a_terminal(source, tmp_path):
+    """A bar with tokens and their rate, which other outputs don't get."""
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    flags = f"--source={source}", f"--out={tmp_path / 'out'}", f"--shard_size={SIZE}"
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    command = [sys.executable, str(ROOT / "fineweb.py"), *flags]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs, text=True)
+    os.close(theirs)
+    shown = b""
+    try:
+        while chunk := os.read(ours, 65536):
+            shown += chunk
+    except OSError:  # the terminal is closed
+        pass
+    assert process.wait() == 0
+    assert b"tokens/s" in shown and b"001.parquet" in shown, shown
+    assert "tokens/s" not in make(*flags[:1], f"--out={tmp_path / 'quiet'}", flags[2])
 
 
 def test_training_on_the_result(source, tmp_path):
