@@ -12,6 +12,7 @@ not favour short endings. Guessing gives 0.25. Published values, +- 0.005:
     acc_norm    0.2955   0.3752   0.4320   0.4893   0.337           and llm.c, GPT-3's paper
 """
 import argparse
+import hashlib
 import json
 import sys
 from collections import namedtuple
@@ -24,61 +25,61 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-# the authors' validation set is downloaded to FILE; without a network, put it there
+# the authors' 10,042 validation examples are downloaded to FILE; without a network, put it there
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
-N_EXAMPLES = 10042
 FILE = Path(__file__).resolve().with_name("hellaswag_val.jsonl")
 
-# four rows of tokens (context and ending), the context's length, the right row's number
+# four rows of tokens (context and ending), the context's length, the number of the right row
 Example = namedtuple("Example", "rows n_context label")
 
 # examples --------------------------------------------------------------------
 def read(path):
     """Reads Examples from JSON lines. A bad line raises ValueError with its number."""
+    content = path.read_bytes()
+    if path == FILE and hashlib.sha256(content).hexdigest() != SHA256:
+        raise ValueError("this is not HellaSwag's validation set; remove the file")
     encode = tiktoken.get_encoding("gpt2").encode_ordinary
     examples = []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+    for number, line in enumerate(content.splitlines(), start=1):
+        if not line.strip():
+            continue
         try:
             fields = json.loads(line)
-            texts = [fields["ctx"], *fields["endings"]]
-            if len(texts) != 5 or fields["label"] not in (0, 1, 2, 3):
-                raise ValueError("needs four endings and a label from 0 to 3")
-            if not all(text.strip() for text in texts):
+            context, endings, label = fields["ctx"], fields["endings"], str(fields["label"])
+            is_list = isinstance(endings, list) and len(endings) == 4
+            if not is_list or label not in ("0", "1", "2", "3"):
+                raise ValueError("needs a list of four endings, and a label from 0 to 3")
+            if not all(text.strip() for text in [context, *endings]):
                 raise ValueError("the context or an ending is empty")
         except Exception as error:
             raise ValueError(f"line {number}: {error!r}") from None
+        context = encode(context)
         # in GPT-2's vocabulary, the space before a word is part of it
-        context = encode(texts[0])
-        rows = [context + encode(" " + ending) for ending in texts[1:]]
-        examples.append(Example(rows, len(context), fields["label"]))
-    partial = path == FILE and len(examples) != N_EXAMPLES
-    if partial or not examples:
-        raise ValueError(f"{len(examples)} examples, not {N_EXAMPLES}; remove the file")
+        rows = [context + encode(" " + ending) for ending in endings]
+        examples.append(Example(rows, len(context), int(label)))
+    if not examples:
+        raise ValueError("there are no examples")
     return examples
 
-def load_examples(path=FILE, skip=False):
-    """Returns the Examples, the same on all ranks. If that fails, all ranks raise ValueError
-    with a message of one line. With skip, they print it and return None instead."""
-    shared = [None]
+def load_examples(path=FILE):
+    """Returns the Examples. If that fails, raises ValueError with a message of one line. All ranks
+    get the same from rank 0, since other nodes may not see its disk."""
+    examples = problem = None
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
             if path == FILE and not FILE.exists():
                 torch.hub.download_url_to_file(URL, str(FILE), SHA256, progress=False)
-            shared = [read(path)]
+            examples = read(path)
         # RuntimeError: a wrong hash, perhaps that of an error page
         except (OSError, ValueError, RuntimeError) as error:
-            shared = [ValueError(f"{path}: {' '.join(str(error).split())}")]
-
-    # rank 0 sends the examples or the error, since other nodes may not see its disk
+            problem = f"{path}: {' '.join(str(error).split())}"
     if dist.is_initialized():
+        shared = [examples, problem]
         dist.broadcast_object_list(shared)
-    examples = shared[0]
-    if isinstance(examples, ValueError):
-        if not skip:
-            raise examples
-        print(f"no HellaSwag: {examples}")
-        examples = None
+        examples, problem = shared
+    if problem is not None:
+        raise ValueError(problem)
     return examples
 
 # evaluation ------------------------------------------------------------------
@@ -96,23 +97,23 @@ def batches(examples, batch_tokens):
         yield examples[i:i + n]
         i += n
 
-def context_length(model):
-    """How many tokens our GPT, or transformers' GPT2LMHeadModel, can see."""
+def longest_row(model):
+    """How many tokens a row can have: the last one is only a target, which the model of our GPT,
+    or transformers' GPT2LMHeadModel, does not see."""
     config = model.config
-    return config.block_size if hasattr(config, "block_size") else config.n_positions
+    return 1 + (config.block_size if hasattr(config, "block_size") else config.n_positions)
 
 @torch.no_grad()
 def ending_losses(model, batch):
     """Returns the losses of n examples' endings: sums and means over tokens, each (n, 4)."""
-    # rows that are too long keep their right end. + 1: the last token is only a target
-    limit = context_length(model) + 1
     rows = []
     masks = []
     for example in batch:
         for row in example.rows:
             is_ending = torch.arange(len(row)) >= example.n_context
-            rows.append(torch.tensor(row)[-limit:])
-            masks.append(is_ending[-limit:])
+            # rows that are too long keep their right end
+            rows.append(torch.tensor(row)[-longest_row(model):])
+            masks.append(is_ending[-longest_row(model):])
 
     # (4n, width), padded on the right; each position predicts the next token
     device = model.lm_head.weight.device
@@ -132,15 +133,15 @@ def ending_losses(model, batch):
     return sums.cpu(), means.cpu()
 
 def evaluate(model, examples, batch_tokens=16384, until_stopped=iter):
-    """Scores our GPT or transformers' GPT2LMHeadModel; the ranks share the examples.
-    "cut" counts rows too long for the model. If a loss is not finite, all ranks exit.
-    until_stopped goes through the batches; it may end early, and what is returned means nothing."""
+    """Scores our GPT or transformers' GPT2LMHeadModel; the ranks share the examples. Returns the
+    shares "acc" and "acc_norm", the "total" of examples, and how many rows were "cut" because the
+    model can't see all of them. If a loss is not finite, all ranks exit. until_stopped goes through
+    the batches; where it ends early, what is returned means nothing."""
     hide = None  # tqdm shows its bar on a terminal only
     if dist.is_initialized():
         examples = examples[dist.get_rank()::dist.get_world_size()]
         hide = True if dist.get_rank() > 0 else None
-    limit = context_length(model) + 1
-    cut = sum(len(row) > limit for example in examples for row in example.rows)
+    cut = sum(len(row) > longest_row(model) for example in examples for row in example.rows)
 
     was_training = model.training
     model.eval()
@@ -154,16 +155,14 @@ def evaluate(model, examples, batch_tokens=16384, until_stopped=iter):
         not_finite += not sums.isfinite().all()
     model.train(was_training)
 
-    counts = [correct, correct_norm, len(examples), cut, not_finite]
-    counts = torch.tensor(counts, dtype=torch.long)
+    counts = torch.tensor([correct, correct_norm, len(examples), cut, not_finite])
     counts = counts.to(model.lm_head.weight.device)
     if dist.is_initialized():
         dist.all_reduce(counts)
     correct, correct_norm, total, cut, not_finite = counts.tolist()
     if not_finite:
         sys.exit("HellaSwag: losses are not finite; the model has diverged or is damaged")
-    return {"acc": correct / total, "acc_norm": correct_norm / total, "correct": correct,
-            "correct_norm": correct_norm, "total": total, "cut": cut}
+    return {"acc": correct / total, "acc_norm": correct_norm / total, "total": total, "cut": cut}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(usage=__doc__)
@@ -197,7 +196,8 @@ if __name__ == "__main__":
             print(f" {mark} {means[0, i]:.4f} {decode(row[example.n_context:])}")
 
     result = evaluate(model, examples, args.batch_tokens)
+    total = result["total"]
     if result["cut"]:
         print(f"{result['cut']} rows are too long for the model and lost their left end")
-    print(f"acc {result['correct']}/{result['total']}={result['acc']:.4f}")
-    print(f"acc_norm {result['correct_norm']}/{result['total']}={result['acc_norm']:.4f}")
+    for name in ("acc", "acc_norm"):
+        print(f"{name} {round(result[name] * total)}/{total}={result[name]:.4f}")

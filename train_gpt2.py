@@ -610,7 +610,10 @@ def main(recipe):
     # for HellaSwag and samples; if a download fails, training goes on without them
     examples = tokenizer = None
     if hella_every > 0 and model_encoding == "gpt2":
-        examples = hellaswag.load_examples(skip=True)
+        try:
+            examples = hellaswag.load_examples()
+        except ValueError as error:
+            print(f"no HellaSwag: {error}")
     if sample_every > 0 and n_samples > 0:
         tokenizer = get_tokenizer(model_encoding)
     writes_hf = writes_files and model_encoding == "gpt2" and is_gpt2(raw_model)

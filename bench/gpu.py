@@ -13,6 +13,7 @@ default.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -83,9 +84,6 @@ def prepare():
     """Puts the scripts, shards and made-up HellaSwag examples into the temporary folder."""
     for name in ("train_gpt2.py", "hellaswag.py"):
         shutil.copy(ROOT / name, TEMP)
-    script = (TEMP / "hellaswag.py").read_text()
-    script = re.sub(r"(?m)^N_EXAMPLES = .*", f"N_EXAMPLES = {n_examples}", script)
-    (TEMP / "hellaswag.py").write_text(script)
     words = re.findall(r"[A-Za-z]+", (ROOT / "input.txt").read_text())
     chance = random.Random(0)
     with open(TEMP / "hellaswag_val.jsonl", "w") as file:
@@ -94,6 +92,10 @@ def prepare():
             texts += [" ".join(chance.choices(words, k=chance.randint(5, 30))) for _ in range(4)]
             example = {"ctx": texts[0], "endings": texts[1:], "label": n % 4}
             file.write(json.dumps(example) + "\n")
+    sha256 = hashlib.sha256((TEMP / "hellaswag_val.jsonl").read_bytes()).hexdigest()
+    script = (TEMP / "hellaswag.py").read_text()
+    script = re.sub(r"(?m)^SHA256 = .*", f'SHA256 = "{sha256}"', script)
+    (TEMP / "hellaswag.py").write_text(script)
     (TEMP / "shards").mkdir()
     for name, n in (("train", 2**22 + 1), ("val", 2**20 + 1)):
         np.save(TEMP / "shards" / f"random_{name}_000000.npy", random_tokens(n, seed=n))

@@ -529,7 +529,7 @@ def test_a_changed_architecture_trains_to_the_end(shards, tmp_path, monkeypatch)
     example = {"ctx": "To be", "endings": ["or not", "or so", "as I", "if you"], "label": 0}
     (tmp_path / "hellaswag.jsonl").write_text(json.dumps(example) + "\n")
     examples = hellaswag.load_examples(tmp_path / "hellaswag.jsonl")
-    monkeypatch.setattr(hellaswag, "load_examples", lambda skip: examples)
+    monkeypatch.setattr(hellaswag, "load_examples", lambda: examples)
     source = (ROOT / "train_gpt2.py").read_text()
     for line, new in (
         ("            wpe=nn.Embedding(config.block_size, config.n_embd),\n", ""),
