@@ -11,6 +11,7 @@ and the tokens of its text. All documents, in order, are cut into shards; the fi
 validation. The shards depend on nothing else: not on the workers, and not on interruptions. If you
 stop the script, run it again to continue.
 """
+
 import argparse
 import functools
 import gzip
@@ -44,6 +45,7 @@ signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends parent and workers a
 # -----------------------------------------------------------------------------
 # the files of a source
 
+
 def list_folder(folder, subset):
     """All files of a folder and the folders below, but the hidden ones. Links are followed; a
     broken one is an error."""
@@ -68,19 +70,22 @@ def list_folder(folder, subset):
                 names.append(path)
     return names
 
+
 def list_hub(source, subset):
     """All files of a folder of a dataset on the hub but the hidden ones, and its revision."""
     subset = SUBSET if subset is None else subset
     try:
         revision = hub.dataset_info(source).sha
         tree = hub.list_repo_tree(
-            source, subset or None, recursive=True, revision=revision, repo_type="dataset")
+            source, subset or None, recursive=True, revision=revision, repo_type="dataset"
+        )
         names = [entry.path for entry in tree if isinstance(entry, hub.hf_api.RepoFile)]
         return [name for name in names if "/." not in f"/{name}"], revision
     except hub.errors.EntryNotFoundError:
         sys.exit(f"--subset={subset}: there is no such folder in {source}")
     except Exception as error:  # the client's errors have no common base
         sys.exit(f"{source}: no such folder, and from the hub: {one_line(error)}")
+
 
 def list_files(source, subset, suffixes, out):
     """The files of a source that hold documents, in order; the other files, but for those in
@@ -97,8 +102,10 @@ def list_files(source, subset, suffixes, out):
         sys.exit(f"{source}: there are no {', '.join(suffixes)} files")
     return files, others, revision
 
+
 def one_line(error):
     return " ".join(str(error).split()) or repr(error)
+
 
 def download(source, name, **how):
     """The local path of a file of the hub. A retry continues the download, if one can help."""
@@ -113,8 +120,10 @@ def download(source, name, **how):
                 sys.exit(f"{source}, {name}: {' '.join(map(one_line, {error, cause}))}")
         time.sleep(pause)
 
+
 # -----------------------------------------------------------------------------
 # the documents of a file
+
 
 def read_documents(path):
     """Yields (text, is_start) for each document: text is None for a null, and is_start is False
@@ -134,12 +143,14 @@ def read_documents(path):
                 if line.strip():
                     yield as_text(json.loads(line)["text"]), True
 
+
 def as_text(value):
     if isinstance(value, bytes):  # some write text as binary
         return value.decode()
     if value is not None and not isinstance(value, str):
         raise ValueError(f'"text" is {type(value).__name__}, not a string')
     return value
+
 
 def read_txt(path):
     """Yields what stands between the marks. Line ends beside a mark belong to it."""
@@ -164,8 +175,10 @@ def read_txt(path):
     if rest:
         yield rest, is_start
 
+
 # -----------------------------------------------------------------------------
 # from documents to shards
+
 
 def read_batches(source, files, revision, place):
     """Yields batches of documents, from a place on, each with the place where it begins: the
@@ -179,6 +192,7 @@ def read_batches(source, files, revision, place):
             nulls += batch.count((None, True))
         document = 0
     yield {"file": len(files), "document": 0, "nulls": nulls}, []  # the end
+
 
 def open_file(source, name, revision, first):
     """Yields the documents of a file from the first on. A damaged download is made anew, once."""
@@ -197,6 +211,7 @@ def open_file(source, name, revision, first):
                 sys.exit(f"{path}, document {first + 1}: {one_line(error)}")
             print(f"{path} is damaged: {one_line(error)}. Downloading it again")
 
+
 def work(pipe):
     """A worker process: receives documents and sends their tokens until the parent is gone."""
     tokenizer = tiktoken.get_encoding("gpt2")
@@ -211,12 +226,14 @@ def work(pipe):
                 parts += encode(tokenizer, text)
             pipe.send(np.concatenate(parts, dtype=np.uint16, casting="unsafe"))
 
+
 def encode(tokenizer, text):
     try:
         return [tokenizer.encode_to_numpy(text, disallowed_special=())]
     except ValueError:  # it gives up on a million spaces in a row: cut the text
-        pieces = [text[i:i + 100_000] for i in range(0, len(text), 100_000)]
+        pieces = [text[i : i + 100_000] for i in range(0, len(text), 100_000)]
         return [tokenizer.encode_to_numpy(each, disallowed_special=()) for each in pieces]
+
 
 def tokenize(batches, workers):
     """Yields (place, tokens) of each batch, in order. The workers are processes, since threads
@@ -244,6 +261,7 @@ def tokenize(batches, workers):
     except (EOFError, OSError):
         sys.exit("a worker died; if memory is short, use fewer --workers; run it again to continue")
 
+
 def cut(batches, skip, shard_size):
     """Joins the tokens of batches, but for the first `skip`, and cuts them into shards. Yields
     each shard with the place where the next one begins: a batch's, and the tokens to skip."""
@@ -253,8 +271,8 @@ def cut(batches, skip, shard_size):
         at = min(skip, len(tokens))
         skip -= at
         while at < len(tokens):
-            part = tokens[at:at + shard_size - filled]
-            shard[filled:filled + len(part)] = part
+            part = tokens[at : at + shard_size - filled]
+            shard[filled : filled + len(part)] = part
             filled += len(part)
             at += len(part)
             if filled == shard_size:
@@ -262,11 +280,13 @@ def cut(batches, skip, shard_size):
                 filled = 0
     yield shard[:filled], {**place, "skip": 0}  # the last one may be short, or empty
 
+
 def make_shards(args, progress, start):
     """Yields (tokens, place of the next shard) for the shards from a place on."""
     batches = read_batches(args.source, progress["files"], progress["revision"], start)
     batches = watch(tokenize(batches, args.workers), progress["files"])
     return cut(batches, start["skip"], args.shard_size)
+
 
 def watch(batches, files):
     """Shows the tokens and the current file, on a terminal only."""
@@ -278,11 +298,14 @@ def watch(batches, files):
             bar.update(len(tokens))
             yield place, tokens
 
+
 # -----------------------------------------------------------------------------
 # the folder of shards
 
+
 def shard_path(out, number):
     return out / f"edufineweb_{'train' if number else 'val'}_{number:06d}.npy"
+
 
 def save(path, content):
     """Writes a shard or the progress. The file gets its name only when it is on the disk."""
@@ -300,6 +323,7 @@ def save(path, content):
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         sys.exit(f"{path}: is the disk full? {error}; run it again to continue")
+
 
 def begin(args):
     """The progress in --out, or a new one. Its list of files stays, so that new files do not shift
@@ -319,8 +343,16 @@ def begin(args):
         more = ", ..." if len(others) > 5 else ""
         print(f"passing over {len(others)} other files: {', '.join(others[:5])}{more}")
     start = dict(file=0, document=0, nulls=0, skip=0)
-    return dict(made_of=made_of, files=files, revision=revision, shards=[], next=start,
-                documents=0, done=False)
+    return dict(
+        made_of=made_of,
+        files=files,
+        revision=revision,
+        shards=[],
+        next=start,
+        documents=0,
+        done=False,
+    )
+
 
 def repair(args, progress):
     """Makes finished shards again that are no longer there, or have another size."""
@@ -331,9 +363,12 @@ def repair(args, progress):
         print(f"{path} is missing or damaged: making it again", flush=True)
         tokens, _ = next(make_shards(args, progress, shard["start"]))
         if len(tokens) != shard["tokens"]:
-            sys.exit(f"{args.source} has changed: {path} had {shard['tokens']:,} tokens, now "
-                     f"{len(tokens):,}; use another --out")
+            sys.exit(
+                f"{args.source} has changed: {path} had {shard['tokens']:,} tokens, now "
+                f"{len(tokens):,}; use another --out"
+            )
         save(path, tokens)
+
 
 def make(args, progress):
     """Makes the shards that are left, and counts each in the progress once it is on the disk."""
@@ -344,18 +379,21 @@ def make(args, progress):
             # after a kill between the two saves below, the shard is made again
             path = shard_path(args.out, len(progress["shards"]))
             save(path, tokens)
-            progress["shards"].append(dict(
-                start=progress["next"], tokens=len(tokens), bytes=path.stat().st_size))
+            progress["shards"].append(
+                dict(start=progress["next"], tokens=len(tokens), bytes=path.stat().st_size)
+            )
             progress["documents"] += int(np.count_nonzero(tokens == EOT))
             tqdm.write(f"{path}: {len(tokens):,} tokens")
         progress["next"] = following
         progress["done"] = len(tokens) < args.shard_size
         save(args.out / "progress.json", progress)
 
+
 def n_cores():
     """How many cores this process may use. One process reads for at most 16 workers."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return min(cores, 16)
+
 
 if __name__ == "__main__":
     multiprocessing.set_start_method("spawn")
@@ -386,7 +424,7 @@ if __name__ == "__main__":
 
     if args.pretokenized:
         files = progress["files"][-1:] + progress["files"][:-1]  # the one for validation is first
-        for name in files[:args.shards]:
+        for name in files[: args.shards]:
             print(download(args.source, name, revision=progress["revision"], local_dir=args.out))
         sys.exit()
 
@@ -405,5 +443,7 @@ if __name__ == "__main__":
         if new:
             print(f"{new[0]} and so on: {len(new)} new files are not part of these shards")
     tokens = sum(shard["tokens"] for shard in progress["shards"])
-    print(f"done: {progress['documents']:,} documents, {progress['next']['nulls']:,} null, "
-          f"{tokens:,} tokens, {len(progress['shards'])} shards")
+    print(
+        f"done: {progress['documents']:,} documents, {progress['next']['nulls']:,} null, "
+        f"{tokens:,} tokens, {len(progress['shards'])} shards"
+    )

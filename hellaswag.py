@@ -11,6 +11,7 @@ not favour short endings. Guessing gives 0.25. Published values, +- 0.005:
     acc         0.2859                     0.3842                   build-nanogpt
     acc_norm    0.2955   0.3752   0.4320   0.4893   0.337           and llm.c, GPT-3's paper
 """
+
 import argparse
 import hashlib
 import json
@@ -32,6 +33,7 @@ FILE = Path(__file__).resolve().with_name("hellaswag_val.jsonl")
 
 # four rows of tokens (context and ending), the context's length, the number of the right row
 Example = namedtuple("Example", "rows n_context label")
+
 
 # examples --------------------------------------------------------------------
 def read(path):
@@ -62,6 +64,7 @@ def read(path):
         raise ValueError("there are no examples")
     return examples
 
+
 def load_examples(path=FILE):
     """Returns the Examples. If that fails, raises ValueError with a message of one line. All ranks
     get the same from rank 0, since other nodes may not see its disk."""
@@ -82,10 +85,12 @@ def load_examples(path=FILE):
         raise ValueError(problem)
     return examples
 
+
 # evaluation ------------------------------------------------------------------
 def width(example):
     """The length of its longest row."""
     return max(len(row) for row in example.rows)
+
 
 def batches(examples, batch_tokens):
     """Yields lists of examples: at most batch_tokens with padding, or a single example."""
@@ -94,14 +99,16 @@ def batches(examples, batch_tokens):
     i = 0
     while i < len(examples):
         n = max(1, batch_tokens // (4 * width(examples[i])))
-        yield examples[i:i + n]
+        yield examples[i : i + n]
         i += n
+
 
 def longest_row(model):
     """How many tokens a row can have: the last one is only a target, which the model of our GPT,
     or transformers' GPT2LMHeadModel, does not see."""
     config = model.config
     return 1 + (config.block_size if hasattr(config, "block_size") else config.n_positions)
+
 
 @torch.no_grad()
 def ending_losses(model, batch):
@@ -112,8 +119,8 @@ def ending_losses(model, batch):
         for row in example.rows:
             is_ending = torch.arange(len(row)) >= example.n_context
             # rows that are too long keep their right end
-            rows.append(torch.tensor(row)[-longest_row(model):])
-            masks.append(is_ending[-longest_row(model):])
+            rows.append(torch.tensor(row)[-longest_row(model) :])
+            masks.append(is_ending[-longest_row(model) :])
 
     # (4n, width), padded on the right; each position predicts the next token
     device = model.lm_head.weight.device
@@ -132,6 +139,7 @@ def ending_losses(model, batch):
     means = sums / mask.sum(1).view(-1, 4)
     return sums.cpu(), means.cpu()
 
+
 def evaluate(model, examples, batch_tokens=16384, until_stopped=iter):
     """Scores our GPT or transformers' GPT2LMHeadModel; the ranks share the examples. Returns the
     shares "acc" and "acc_norm", the "total" of examples, and how many rows were "cut" because the
@@ -139,7 +147,7 @@ def evaluate(model, examples, batch_tokens=16384, until_stopped=iter):
     the batches; where it ends early, what is returned means nothing."""
     hide = None  # tqdm shows its bar on a terminal only
     if dist.is_initialized():
-        examples = examples[dist.get_rank()::dist.get_world_size()]
+        examples = examples[dist.get_rank() :: dist.get_world_size()]
         hide = True if dist.get_rank() > 0 else None
     cut = sum(len(row) > longest_row(model) for example in examples for row in example.rows)
 
@@ -164,6 +172,7 @@ def evaluate(model, examples, batch_tokens=16384, until_stopped=iter):
         sys.exit("HellaSwag: losses are not finite; the model has diverged or is damaged")
     return {"acc": correct / total, "acc_norm": correct_norm / total, "total": total, "cut": cut}
 
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(usage=__doc__)
     parser.error = sys.exit  # one line, exit status 1
@@ -178,8 +187,9 @@ if __name__ == "__main__":
     if args.limit < 1:
         sys.exit("--limit has to be positive")
     from train_gpt2 import load_weights
+
     try:
-        examples = load_examples(args.data)[:args.limit]
+        examples = load_examples(args.data)[: args.limit]
         model = load_weights(args.model, dropout=0.0).to(args.device)
     except (ValueError, RuntimeError) as error:  # of the examples, or of the device
         sys.exit(" ".join(str(error).split()))
@@ -188,12 +198,12 @@ if __name__ == "__main__":
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU
 
     decode = tiktoken.get_encoding("gpt2").decode
-    for example in examples[:args.show]:
+    for example in examples[: args.show]:
         _, means = ending_losses(model, [example])
-        print(f"\n{decode(example.rows[0][:example.n_context])}")
+        print(f"\n{decode(example.rows[0][: example.n_context])}")
         for i, row in enumerate(example.rows):
             mark = "right" if i == example.label else "     "
-            print(f" {mark} {means[0, i]:.4f} {decode(row[example.n_context:])}")
+            print(f" {mark} {means[0, i]:.4f} {decode(row[example.n_context :])}")
 
     result = evaluate(model, examples, args.batch_tokens)
     total = result["total"]

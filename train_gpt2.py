@@ -13,6 +13,7 @@ The constants below can be edited here, or set for one launch: --B=16 --max_lr=1
 The results go to log_dir: log.jsonl, checkpoints, and hf/, a folder that transformers reads.
 Ctrl-C saves and exits. --init_from=resume continues, on any number of GPUs.
 """
+
 import argparse
 import ast
 import contextlib
@@ -101,6 +102,7 @@ wandb_log = False  # send the log to Weights & Biases
 wandb_project = "gpt2"
 
 # a recipe: what it is for, and the constants that it replaces
+# fmt: off
 recipes = {
     # GPT-2 on shards of FineWeb-Edu
     "gpt2": dict(),
@@ -119,13 +121,18 @@ recipes = {
     # texts by such weights; trains and writes nothing
     "sample": dict(init_from="gpt2", max_steps=0, val_every=0, hella_every=0),
 }
+# fmt: on
 
 # everything above by name, so that flags can replace it and the log can record it
-constants = {name: value for name, value in globals().items()
-             if name[0] != "_" and isinstance(value, (int, float, str, tuple, list))}
+constants = {
+    name: value
+    for name, value in globals().items()
+    if name[0] != "_" and isinstance(value, (int, float, str, tuple, list))
+}
 
 # -----------------------------------------------------------------------------
 # model
+
 
 @dataclass
 class GPTConfig:
@@ -135,6 +142,7 @@ class GPTConfig:
     n_head: int = 12
     n_embd: int = 768
     dropout: float = 0.0
+
 
 class CausalSelfAttention(nn.Module):
     """Lets each position gather information from itself and the positions before it.
@@ -161,6 +169,7 @@ class CausalSelfAttention(nn.Module):
         y = y.transpose(1, 2).reshape(B, T, C)  # put the heads next to each other again
         return self.c_proj(y)
 
+
 class MLP(nn.Module):
     """Processes what attention has gathered, each position on its own."""
 
@@ -172,11 +181,13 @@ class MLP(nn.Module):
     def forward(self, x):
         return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # as in OpenAI's code
 
+
 class LayerNorm(nn.LayerNorm):
     """Keeps the dtype of its input: under autocast, torch's own returns 32 bits."""
 
     def forward(self, x):
         return super().forward(x).to(x.dtype)
+
 
 class Block(nn.Module):
     """Attention and MLP each read the normalized residual stream and add to it."""
@@ -194,6 +205,7 @@ class Block(nn.Module):
         x = x + self.drop(self.mlp(self.ln_2(x)))
         return x
 
+
 class GPT(nn.Module):
     """GPT-2 (Radford et al. 2019): turns the tokens so far into scores for the next one."""
 
@@ -203,12 +215,14 @@ class GPT(nn.Module):
         # matrix products are faster with sizes that are multiples of 128, so a vocabulary of
         # 50257 gets 50304 rows. Nothing outside this class sees the last ones
         n_rows = 128 * math.ceil(config.vocab_size / 128)
-        self.transformer = nn.ModuleDict(dict(
+        modules = dict(
             wte=nn.Embedding(n_rows, config.n_embd),
             wpe=nn.Embedding(config.block_size, config.n_embd),
             drop=nn.Dropout(config.dropout),
             h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-            ln_f=LayerNorm(config.n_embd)))
+            ln_f=LayerNorm(config.n_embd),
+        )
+        self.transformer = nn.ModuleDict(modules)
         self.lm_head = nn.Linear(config.n_embd, n_rows, bias=False)
         # weight tying: one matrix for both, since tokens with similar embeddings should also
         # have similar scores
@@ -227,7 +241,7 @@ class GPT(nn.Module):
         assert idx.shape[1] <= self.config.block_size, "more tokens than the model has positions"
         tok_emb = self.transformer.wte(idx)  # (B, T, C)
         # (T, C): without positions, attention would not see the order of the tokens
-        pos_emb = self.transformer.wpe.weight[:idx.shape[1]]
+        pos_emb = self.transformer.wpe.weight[: idx.shape[1]]
         x = tok_emb + pos_emb
         if torch.is_autocast_enabled(x.device.type):  # a residual stream in 16 bits is faster
             x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -238,7 +252,7 @@ class GPT(nn.Module):
 
     def logits(self, hidden):
         """States (..., C) -> a score for each token of the vocabulary, (..., vocab_size)."""
-        return self.lm_head(hidden)[..., :self.config.vocab_size]
+        return self.lm_head(hidden)[..., : self.config.vocab_size]
 
     def forward(self, idx, targets=None):
         """Ids (B, T) -> logits (B, T, vocab_size), or the mean loss given targets (B, T).
@@ -253,7 +267,7 @@ class GPT(nn.Module):
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0):
         """Ids (B, T) -> ids (B, T + max_new_tokens), each drawn from the model's scores."""
         for _ in range(max_new_tokens):
-            context = idx[:, -self.config.block_size:]
+            context = idx[:, -self.config.block_size :]
             last = self.hidden(context)[:, -1]  # (B, C): only the last position is needed
             logits = self.logits(last).float() / max(temperature, 1e-6)
             if top_k > 0:
@@ -264,6 +278,7 @@ class GPT(nn.Module):
             idx = torch.cat([idx, next_token], dim=1)
         return idx
 
+
 def causal_attention(q, k, v, dropout):
     """softmax(q k^T / sqrt(C/H)) v, shapes (B, H, T, C/H). No position sees a later one."""
     dtype = q.dtype
@@ -273,20 +288,24 @@ def causal_attention(q, k, v, dropout):
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
     return y.to(dtype)
 
+
 # -----------------------------------------------------------------------------
 # data
+
 
 def get_tokenizer(encoding):
     """GPT-2's tokenizer, which tiktoken downloads once, or one whose tokens are bytes. If the
     download fails, it says so and returns None."""
     if encoding == "bytes":
         every_byte = {bytes([i]): i for i in range(256)}
-        return tiktoken.Encoding("bytes", pat_str="(?s:.)", mergeable_ranks=every_byte,
-                                 special_tokens={})
+        return tiktoken.Encoding(
+            "bytes", pat_str="(?s:.)", mergeable_ranks=every_byte, special_tokens={}
+        )
     try:
         return tiktoken.get_encoding("gpt2")
     except (OSError, ValueError) as error:
         print(f"no samples, GPT-2's tokenizer can't be downloaded: {error!r:.200}")
+
 
 @functools.cache  # train and val are parts of one text
 def read_text(path, encoding):
@@ -304,9 +323,10 @@ def read_text(path, encoding):
     try:
         tokens = tokenizer.encode(text, allowed_special="all")
     except ValueError:  # it gives up on a million spaces in a row: cut the text into pieces
-        pieces = [text[i:i + 100_000] for i in range(0, len(text), 100_000)]
+        pieces = [text[i : i + 100_000] for i in range(0, len(text), 100_000)]
         tokens = np.concatenate(tokenizer.encode_batch(pieces, allowed_special="all"))
     return np.array(tokens, dtype=np.uint16)
+
 
 def open_shard(path):
     """Memory-maps the tokens of a .npy, or of a .bin from llm.c. Exits if it is damaged."""
@@ -330,6 +350,7 @@ def open_shard(path):
             sys.exit(f"{path}: not a shard of tokens from fineweb.py: {error!s:.200}")
         return np.memmap(path, "<u2", mode="r", offset=file.tell(), shape=shape)
 
+
 def load_split(data, split, encoding):
     """Returns [(name, tokens)] of train or val: a folder's shards, or a part of a text."""
     shards = []
@@ -346,6 +367,7 @@ def load_split(data, split, encoding):
     if not shards:
         sys.exit(f"--data={data}: no text, and no folder with {split} shards; see fineweb.py")
     return shards
+
 
 class TokenLoader:
     """Cuts shards into windows of T + 1 tokens: T inputs, and the token after each.
@@ -384,7 +406,7 @@ class TokenLoader:
         name, tokens = self.shards[self.shard_of[i]]
         # the last window of a shard has less room to move
         start = min(self.starts[i] + self.offset, len(tokens) - self.T - 1)
-        ids = tokens[start:start + self.T + 1]
+        ids = tokens[start : start + self.T + 1]
         if ids.max() >= self.vocab_size:
             where = f"{name}: {ids.max()} at offset {start + ids.argmax()}"
             sys.exit(f"{where} is no token of a vocabulary of {self.vocab_size}")
@@ -398,7 +420,7 @@ class TokenLoader:
         """This rank's part of the i-th micro-batch: inputs and the token after each, (B, T).
         If the windows run out, the rows that are left get targets of -100, which have no loss."""
         first = (i * self.world_size + self.rank) * self.rows
-        mine = windows[first:first + self.rows]
+        mine = windows[first : first + self.rows]
         tokens = np.zeros((self.rows, self.T + 1), dtype=np.int64)
         for row, n in enumerate(mine):
             tokens[row] = self.window(n)
@@ -408,11 +430,13 @@ class TokenLoader:
         tokens = tokens.to(self.device, non_blocking=True)
         x = tokens[:, :-1]
         y = tokens[:, 1:].clone()
-        y[len(mine):] = -100
+        y[len(mine) :] = -100
         return x, y
+
 
 # -----------------------------------------------------------------------------
 # optimizers and schedule
+
 
 def make_optimizers(model, optimizer, weight_decay, betas=(0.9, 0.95), momentum=0.95):
     """AdamW for everything, or Muon for the matrices in the blocks and AdamW for the rest. To
@@ -437,6 +461,7 @@ def make_optimizers(model, optimizer, weight_decay, betas=(0.9, 0.95), momentum=
         optimizers.append(Muon(matrices, weight_decay, momentum))
     return optimizers
 
+
 def update(optimizers, scaler, norm):
     """Updates the weights. In float16, an infinite gradient norm means that the loss was scaled
     up too far: then the update is skipped, and scaler.update() halves the scale."""
@@ -444,6 +469,7 @@ def update(optimizers, scaler, norm):
         for opt in optimizers:
             scaler.step(opt)  # opt.step(), except in float16
     scaler.update()
+
 
 def get_lr(step, max_lr, min_lr, warmup_steps, max_steps):
     """A linear warmup, since large first steps diverge, then a cosine down to min_lr."""
@@ -453,8 +479,10 @@ def get_lr(step, max_lr, min_lr, warmup_steps, max_steps):
     coeff = 0.5 * (1 + math.cos(math.pi * decay_ratio))  # from 1 to 0
     return min_lr + coeff * (max_lr - min_lr)
 
+
 # -----------------------------------------------------------------------------
 # Muon: an optimizer that learns faster than AdamW, for the matrices in the blocks
+
 
 def newton_schulz(m):
     """Matrices U S V^T (n, rows, columns) -> about U V^T: all singular values near 1.
@@ -468,6 +496,7 @@ def newton_schulz(m):
         polynomial = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
         x = torch.baddbmm(x, polynomial, x, beta=3.4445)
     return x
+
 
 class Muon(torch.optim.Optimizer):
     """Moves each matrix along its averaged gradient, made orthogonal. So it learns rare
@@ -505,11 +534,13 @@ class Muon(torch.optim.Optimizer):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.sub_(direction, alpha=group["lr"])
 
+
 # -----------------------------------------------------------------------------
 # evaluation and samples
 
 # attention without cuDNN's kernel, which makes a new plan for each length
 ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
 
 @torch.no_grad()
 def evaluate(model, loader, windows):
@@ -523,6 +554,7 @@ def evaluate(model, loader, windows):
     model.train()
     return sum_over_ranks(loss_sum, loader.device) / (len(windows) * loader.T)
 
+
 def sum_over_ranks(value, device):
     """The sum of a number over all processes."""
     if not dist.is_initialized():
@@ -530,6 +562,7 @@ def sum_over_ranks(value, device):
     total = torch.tensor(float(value), dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return total.item()
+
 
 def sample(model, tokenizer, prompt, n_samples, max_new_tokens, temperature, top_k, seed):
     """Returns texts that begin with the prompt and end where the model ends its document."""
@@ -541,19 +574,22 @@ def sample(model, tokenizer, prompt, n_samples, max_new_tokens, temperature, top
     idx = model.generate(idx, max_new_tokens, temperature, top_k)
     model.train()
     texts = []
-    for tokens in idx[:, len(start):].tolist():
+    for tokens in idx[:, len(start) :].tolist():
         # some models have a few tokens more than their tokenizer
         text = tokenizer.decode([token for token in tokens if token < tokenizer.n_vocab])
         texts.append(prompt + printable(text.partition("<|endoftext|>")[0]))
     return texts
+
 
 def printable(text):
     """A model of bytes may write control characters, which could upset a terminal."""
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "?", text)
 
+
 # -----------------------------------------------------------------------------
 # the run
+
 
 def main(recipe):
     rank, world_size = connect_processes()  # torchrun starts one for each GPU; else there is one
@@ -679,8 +715,9 @@ def main(recipe):
         is_trained = step > 0 or start_from != "scratch"
         if due(step, sample_every) and tokenizer is not None and is_trained and master_process:
             with autocast, sdpa_kernel(ANY_LENGTH):
-                texts = sample(raw_model, tokenizer, prompt, n_samples, sample_tokens,
-                               temperature, top_k, seed)
+                texts = sample(
+                    raw_model, tokenizer, prompt, n_samples, sample_tokens, temperature, top_k, seed
+                )
             log.samples(step, texts)
 
         # once in a while, at the end, and when asked to stop: save
@@ -690,9 +727,14 @@ def main(recipe):
             check_loss(step, raw_model, train_loader, windows, autocast)
             if writes_files:
                 checkpoint = dict(
-                    step=step, config=config, log_size=log_size, run_id=log.run_id,
-                    model=raw_model.state_dict(), scaler=scaler.state_dict(),
-                    optimizers=[opt.state_dict() for opt in optimizers])
+                    step=step,
+                    config=config,
+                    log_size=log_size,
+                    run_id=log.run_id,
+                    model=raw_model.state_dict(),
+                    scaler=scaler.state_dict(),
+                    optimizers=[opt.state_dict() for opt in optimizers],
+                )
                 save_checkpoint(log_dir, checkpoint, keep, final=stopping or last_step)
         if stopping or last_step:
             break
@@ -733,13 +775,15 @@ def main(recipe):
         if due(step, log_every):
             tokens_per_sec = total_batch_size / dt
             mfu = estimate_mfu(raw_model, T, tokens_per_sec / world_size, run_dtype)
-            line = (f"loss {train_loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | "
-                    f"{1000 * dt:.0f} ms | {tokens_per_sec:,.0f} tokens/s | ")
+            line = (
+                f"loss {train_loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | "
+                f"{1000 * dt:.0f} ms | {tokens_per_sec:,.0f} tokens/s | "
+            )
             if mfu is not None:
                 line += f"mfu {mfu:.1%} | "
             line += time_left(t_start, step + 1 - start_step, end_step - start_step)
-            log(step, line, train_loss=train_loss, lr=lr, grad_norm=norm, dt=dt,
-                tokens_per_sec=tokens_per_sec, mfu=mfu)
+            speed = {"dt": dt, "tokens_per_sec": tokens_per_sec, "mfu": mfu}
+            log(step, line, train_loss=train_loss, lr=lr, grad_norm=norm, **speed)
 
     if stopping:
         print(f"stopped at step {step}; to continue, launch it again with --init_from=resume")
@@ -748,13 +792,17 @@ def main(recipe):
             save_pretrained(raw_model, f"{log_dir}/hf")
         tokens = (step - start_step) * total_batch_size
         minutes = (time.perf_counter() - t_start) / 60
-        print(f"done: {step} steps, {tokens:,} tokens, {minutes:.1f} minutes{peak_memory()}, "
-              f"{log_dir}")
+        print(
+            f"done: {step} steps, {tokens:,} tokens, {minutes:.1f} minutes{peak_memory()}, "
+            f"{log_dir}"
+        )
     if ddp:
         disconnect_processes()
 
+
 # -----------------------------------------------------------------------------
 # the log. From here on come the parts that main() calls: a first reading can end here
+
 
 class Log:
     """Prints events. With a file, it also writes each of them as a line of JSON."""
@@ -789,13 +837,16 @@ class Log:
         """In bytes. A checkpoint names it, so that a resumed run can drop later lines."""
         return os.fstat(self.file.fileno()).st_size if self.file is not None else 0
 
+
 def is_finite(value):
     return not isinstance(value, float) or math.isfinite(value)
+
 
 def time_left(t_start, done, total):
     """From the mean time of the steps that are done, evaluations and all."""
     seconds = (time.perf_counter() - t_start) / done * (total - done)
     return f"{timedelta(seconds=round(seconds))} left"
+
 
 def open_log(log_dir, end_step, config, checkpoint):
     """Begins log.jsonl with the constants, or continues it where the checkpoint was saved."""
@@ -814,10 +865,12 @@ def open_log(log_dir, end_step, config, checkpoint):
         log.write({"constants": config, "run_id": run_id, "torch": torch.__version__})
     return log
 
+
 def connect_wandb(log_dir, run_id, config):
     """Begins or continues a run there. Without a login or the service, it goes on offline."""
     os.environ.setdefault("WANDB_INIT_TIMEOUT", "30")  # seconds
     import wandb
+
     how = dict(project=wandb_project, name=log_dir, id=run_id, resume="allow", config=config)
     try:
         run = wandb.init(**how)
@@ -827,6 +880,7 @@ def connect_wandb(log_dir, run_id, config):
         run = wandb.init(**how, mode="offline")
     at_end.callback(run.finish)
     return run
+
 
 def lock_folder(log_dir):
     """Makes the folder, and keeps other runs out of it until this one ends."""
@@ -846,6 +900,7 @@ def lock_folder(log_dir):
     except OSError as error:  # some network drives have no locks
         print(f"warning: {folder}.lock can't be locked: {error}")
 
+
 def move_aside(log_dir):
     """Moves what an older run has written from log/gpt2, say, to log/gpt2-1, or -2, ...
     Other files in the folder stay."""
@@ -863,6 +918,7 @@ def move_aside(log_dir):
             os.rename(f"{folder}/{name}", f"{folder}-{n}/{name}")
         print(f"moved the older run in {log_dir} to {folder}-{n}")
 
+
 def copy_script(log_dir, checkpoint):
     """Keeps this script as it was launched, and again for a resumed run that has edited it."""
     path = f"{log_dir}/train_gpt2.py"
@@ -872,14 +928,17 @@ def copy_script(log_dir, checkpoint):
     with open(path, "w", encoding="utf-8") as file:
         file.write(source)
 
+
 # -----------------------------------------------------------------------------
 # checkpoints
+
 
 def checkpoint_paths(log_dir):
     """The checkpoints in log_dir as {step: path}, in order."""
     names = glob.glob("ckpt_*.pt", root_dir=log_dir)
     steps = {int(name[5:-3]): name for name in names if name[5:-3].isdigit()}
     return {step: f"{log_dir}/{steps[step]}" for step in sorted(steps)}
+
 
 def save_checkpoint(log_dir, checkpoint, keep, final):
     """Saves a checkpoint, removes old ones. If it can't, it warns, or raises if `final`."""
@@ -906,6 +965,7 @@ def save_checkpoint(log_dir, checkpoint, keep, final):
             with contextlib.suppress(OSError):
                 os.remove(paths[step])
 
+
 def load_checkpoint(log_dir):
     """The newest checkpoint that is not damaged, or None if there is none yet."""
     paths = list(checkpoint_paths(log_dir).values())
@@ -922,11 +982,13 @@ def load_checkpoint(log_dir):
     print(f"no checkpoint in {log_dir} yet: starting anew")
     return None
 
+
 def model_of(checkpoint, dropout):
     """The GPT of a checkpoint, with another dropout. Takes its weights out, to free memory."""
     model = GPT(GPTConfig(**checkpoint["config"]["model"] | {"dropout": dropout}))
     model.load_state_dict(checkpoint.pop("model"))
     return model
+
 
 def load_optimizers(optimizers, scaler, checkpoint):
     """Loads the averages of gradients. Settings, like the weight decay, stay this launch's."""
@@ -934,8 +996,10 @@ def load_optimizers(optimizers, scaler, checkpoint):
         opt.load_state_dict(opt.state_dict() | {"state": saved["state"]})
     scaler.load_state_dict(scaler.state_dict() | checkpoint["scaler"])  # {} if not float16
 
+
 # -----------------------------------------------------------------------------
 # refusing what can't work, and stopping what has gone wrong
+
 
 def check_run(config, checkpoint):
     """Exits if the data, the weights and the constants of a run don't fit together."""
@@ -950,11 +1014,14 @@ def check_run(config, checkpoint):
     windows_per_step = total_batch_size // T
     n_windows = sum((n_tokens - 1) // T for _, n_tokens in config["shards"] if n_tokens > 0)
     if n_windows < windows_per_step:
-        sys.exit(f"{data}: {n_windows} windows of {T} tokens, but a step takes "
-                 f"{windows_per_step}; lower --total_batch_size")
+        sys.exit(
+            f"{data}: {n_windows} windows of {T} tokens, but a step takes "
+            f"{windows_per_step}; lower --total_batch_size"
+        )
     if checkpoint is not None:
         check_resume(config, checkpoint["config"], checkpoint["step"])
     check_ranks(config, checkpoint)
+
 
 def check_ranks(config, checkpoint):
     """Exits if the processes were launched differently, or don't see the same files."""
@@ -966,8 +1033,11 @@ def check_ranks(config, checkpoint):
     for name in mine:
         values = [each[name] for each in all_of_them]
         if name not in ("data", "log_dir", "init_from") and mine[name] != values[0]:
-            sys.exit(f"{name}={mine[name]!r:.100} here, but {values[0]!r:.100} in rank 0: "
-                     f"use the same flags everywhere; do all see {log_dir} and {data}?")
+            sys.exit(
+                f"{name}={mine[name]!r:.100} here, but {values[0]!r:.100} in rank 0: "
+                f"use the same flags everywhere; do all see {log_dir} and {data}?"
+            )
+
 
 def check_resume(config, saved, step):
     """Exits if a resumed run would have another model, optimizer or order of data. Prints what
@@ -977,11 +1047,16 @@ def check_resume(config, saved, step):
     if changed:
         sys.exit(f"can't resume: {'; '.join(changed)}; set it back, or start from scratch")
     before, now = dict(saved["shards"]), dict(config["shards"])
-    changed = [f"{name} had {before.get(name, 0)} tokens, has {now.get(name, 0)}"
-               for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    changed = [
+        f"{name} had {before.get(name, 0)} tokens, has {now.get(name, 0)}"
+        for name in sorted({*before, *now})
+        if before.get(name) != now.get(name)
+    ]
     if changed:
-        sys.exit(f"can't resume, the data has changed: {'; '.join(changed[:3])}; "
-                 f"--init_from={log_dir} with another --log_dir begins a new run from its weights")
+        sys.exit(
+            f"can't resume, the data has changed: {'; '.join(changed[:3])}; "
+            f"--init_from={log_dir} with another --log_dir begins a new run from its weights"
+        )
     for name in config:
         if name not in ("init_from", "model") and config[name] != saved.get(name):
             print(f"changed since the checkpoint: {name} was {saved.get(name)}, is {config[name]}")
@@ -989,6 +1064,7 @@ def check_resume(config, saved, step):
     lr_before, lr = (get_lr(step, *[c[name] for name in schedule]) for c in (saved, config))
     if lr != lr_before:
         print(f"so the learning rate at step {step} was {lr_before:.2e}, is {lr:.2e}")
+
 
 def check_loss(step, model, loader, windows, autocast):
     """Exits if the model has no finite loss: its checkpoint must not replace sound ones."""
@@ -998,6 +1074,7 @@ def check_loss(step, model, loader, windows, autocast):
         loss = model(x[:1], y[:1])
     model.train()
     check_finite(step, sum_over_ranks(loss, loader.device))
+
 
 def check_finite(step, loss, norm=0.0, scaler=None):
     """Exits if a loss or a gradient norm is infinite or not a number. In float16, such a norm is
@@ -1011,10 +1088,12 @@ def check_finite(step, loss, norm=0.0, scaler=None):
             message += f"; if {paths[-1]} is not sound, remove it to resume from {paths[-2]}"
         sys.exit(message)
 
+
 # -----------------------------------------------------------------------------
 # processes and signals
 
 at_end = contextlib.ExitStack()  # what to undo when the run ends, however it ends
+
 
 def connect_processes():
     """Connects the processes that torchrun has started, and returns this one's rank and how many
@@ -1033,15 +1112,22 @@ def connect_processes():
             sys.exit("--device=mps is for one process; for several, use --device=cpu")
         backend = "nccl" if device == "cuda" else "gloo"
         # without a store of our own, a restart would find old addresses: see torchrun_store
-        dist.init_process_group(backend, store=torchrun_store(), rank=rank,
-                                world_size=world_size, timeout=timedelta(seconds=timeout))
+        dist.init_process_group(
+            backend,
+            store=torchrun_store(),
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=timeout),
+        )
     return rank, world_size
+
 
 def disconnect_processes():
     """Waits for the others, since rank 0 may still be saving."""
     dist.barrier(device_ids=[torch.cuda.current_device()] if device == "cuda" else None)
     let_gloo_finish()  # else the exit may hang: see there
     dist.destroy_process_group()
+
 
 def torchrun_store():
     """Where the processes find each other's addresses. After a restart on one machine they would
@@ -1051,10 +1137,12 @@ def torchrun_store():
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     return store
 
+
 def let_gloo_finish():
     """Its threads can hang or crash the exit of a process (pytorch#190489)."""
     if dist.is_initialized():
         time.sleep(0.2)
+
 
 def default_dtype(device):
     """The fastest dtype that the device supports natively; old GPUs emulate bfloat16."""
@@ -1064,7 +1152,9 @@ def default_dtype(device):
     native = device == "cpu" and torch.cpu._is_avx512_bf16_supported()
     return "bfloat16" if native else "float32"
 
+
 stop_signals = []  # when they came
+
 
 def on_stop_signal(number, frame):
     """Lets the step finish and be saved. A second signal exits at once, unless it comes within
@@ -1073,9 +1163,11 @@ def on_stop_signal(number, frame):
     if stop_signals[-1] - stop_signals[0] > 0.5:
         os._exit(1)
 
+
 def catch_stop_signals():
     for number in (signal.SIGINT, signal.SIGTERM):
         at_end.callback(signal.signal, number, signal.signal(number, on_stop_signal))
+
 
 def until_stopped(steps):
     """Goes through a sequence, but ends early if this process has received a signal."""
@@ -1083,6 +1175,7 @@ def until_stopped(steps):
         if stop_signals:
             break
         yield step
+
 
 def asked_to_stop(device):
     """Whether any process has received a signal, so that all of them stop."""
@@ -1092,18 +1185,25 @@ def asked_to_stop(device):
         dist.all_reduce(stop, dist.ReduceOp.MAX)
     return bool(stop)
 
+
 # -----------------------------------------------------------------------------
 # speed and memory
 
 # dense 16-bit FLOP/s from the data sheets; the first key found in the GPU's name counts
-PEAK_FLOPS = {"T4": 65e12, "V100": 125e12, "L4": 121e12, "L40S": 362e12, "A10": 125e12,
-    "A100": 312e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12,
-    "B200": 2250e12, "RTX 3090": 71e12, "RTX 4090": 165e12, "RTX 5090": 209e12, "MI300X": 1307e12}
+# fmt: off
+PEAK_FLOPS = {
+    "T4": 65e12, "V100": 125e12, "L4": 121e12, "L40S": 362e12, "A10": 125e12, "A100": 312e12,
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12,
+    "RTX 3090": 71e12, "RTX 4090": 165e12, "RTX 5090": 209e12, "MI300X": 1307e12,
+}
+# fmt: on
+
 
 def get_peak_flops(device_name):
     """312e12 for "NVIDIA A100-SXM4-80GB"; None for a device that is not listed."""
     names = [n for n in PEAK_FLOPS if re.search(rf"\b{n}\b(?!.*(Laptop|MIG))", device_name)]
     return PEAK_FLOPS[names[0]] if names else None
+
 
 def get_flops_per_token(model, T):
     """FLOP to train on a token: 2 per parameter forward, 4 backward, none for positions. The
@@ -1112,12 +1212,14 @@ def get_flops_per_token(model, T):
     n_params = sum(p.numel() for p in model.parameters()) - c.block_size * c.n_embd
     return 6 * n_params + 12 * c.n_layer * c.n_embd * T
 
+
 def estimate_mfu(model, T, tokens_per_sec, dtype):
     """The share of its peak FLOP/s that a GPU reaches, or None if the peak is not known."""
     peak = get_peak_flops(torch.cuda.get_device_name()) if device == "cuda" else None
     if peak is None or dtype == "float32":
         return None
     return tokens_per_sec * get_flops_per_token(model, T) / peak
+
 
 def rows_that_fit(model, T, memory=None):
     """How many sequences a training step can take in a GPU's memory (in bytes), with a tenth of
@@ -1136,32 +1238,41 @@ def rows_that_fit(model, T, memory=None):
     fit = (0.9 * memory - fixed) / per_row
     return min(64, 2 ** int(math.log2(max(1, fit))))
 
+
 def print_setup(model, world_size, dtype, grad_accum_steps, rows, micro_step_share):
     """Says on what it trains, and how a step is divided."""
     name = torch.cuda.get_device_name() if device == "cuda" else device
     n_params = sum(p.numel() for p in model.parameters())
     print(f"{world_size} x {name}, {dtype}, {n_params / 1e6:.3g}M parameters")
-    print(f"a step: {grad_accum_steps} x {rows} x {T} tokens in each process "
-          f"(for less memory, lower --B={rows})")
+    print(
+        f"a step: {grad_accum_steps} x {rows} x {T} tokens in each process "
+        f"(for less memory, lower --B={rows})"
+    )
     wasted = 1 - 1 / (grad_accum_steps * micro_step_share)
     if wasted > 0.05:
-        print(f"{wasted:.0%} of that is computed for nothing: {total_batch_size // T} sequences "
-              f"don't spread evenly over {world_size} processes with --B={rows}")
+        print(
+            f"{wasted:.0%} of that is computed for nothing: {total_batch_size // T} sequences "
+            f"don't spread evenly over {world_size} processes with --B={rows}"
+        )
+
 
 def peak_memory():
     if device != "cuda":
         return ""
     return f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of GPU memory"
 
+
 # -----------------------------------------------------------------------------
 # Hugging Face's format, for --init_from=gpt2 and for the folder hf/
+
 
 def transpose_conv1d(state):
     """OpenAI's weights are (in, out), nn.Linear's are (out, in). Converts either way."""
     conv1d = "attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight"
     return {name: p.t() if name.endswith(conv1d) else p for name, p in state.items()}
 
-def load_weights(source, dropout):
+
+def load_weights(source, dropout=0.0):
     """A GPT with somebody's weights. `source` is the folder of a run, whose newest checkpoint
     is used, a folder in Hugging Face's format, or the name of a GPT-2 on the hub."""
     if checkpoint_paths(source):
@@ -1174,16 +1285,24 @@ def load_weights(source, dropout):
         reason = " ".join(str(error).split())
         sys.exit(f"{source}: no run, and no GPT-2 in a folder or on the hub: {reason:.300}")
 
+
 # what a config has to say; with other values, the same weights are another function
 GPT2_ONLY = dict(
-    model_type=["gpt2"], activation_function=["gelu_new", "gelu_pytorch_tanh"],
-    layer_norm_epsilon=[1e-5], scale_attn_weights=[True], scale_attn_by_inverse_layer_idx=[False],
-    tie_word_embeddings=[True], add_cross_attention=[False])
+    model_type=["gpt2"],
+    activation_function=["gelu_new", "gelu_pytorch_tanh"],
+    layer_norm_epsilon=[1e-5],
+    scale_attn_weights=[True],
+    scale_attn_by_inverse_layer_idx=[False],
+    tie_word_embeddings=[True],
+    add_cross_attention=[False],
+)
+
 
 def from_pretrained(name, dropout=0.0):
     """Loads a GPT-2 from a folder or, by name, from the hub. Raises OSError if there is none, and
     ValueError naming the field or the weight if it is not GPT-2's function."""
     from transformers import AutoConfig, GPT2LMHeadModel
+
     c = AutoConfig.from_pretrained(name)
     for field, values in GPT2_ONLY.items():
         if getattr(c, field, None) not in values:
@@ -1202,24 +1321,33 @@ def from_pretrained(name, dropout=0.0):
     model.load_state_dict(state)
     return model
 
+
 def to_transformers(model):
     """GPT -> transformers' GPT2LMHeadModel, with the same weights in the same memory."""
     from transformers import GPT2Config, GPT2LMHeadModel
+
     c = model.config
-    config = GPT2Config(vocab_size=c.vocab_size, n_positions=c.block_size, n_layer=c.n_layer,
-                        n_head=c.n_head, n_embd=c.n_embd)
+    config = GPT2Config(
+        vocab_size=c.vocab_size,
+        n_positions=c.block_size,
+        n_layer=c.n_layer,
+        n_head=c.n_head,
+        n_embd=c.n_embd,
+    )
     state = transpose_conv1d(model.state_dict())
     for name in ("transformer.wte.weight", "lm_head.weight"):
-        state[name] = state[name][:c.vocab_size]
+        state[name] = state[name][: c.vocab_size]
     with torch.device("meta"):  # no weights of its own
         theirs = GPT2LMHeadModel(config)
     theirs.load_state_dict(state, assign=True)
     theirs.tie_weights()
     return theirs.eval()
 
+
 def save_pretrained(model, folder):
     """Writes config.json and model.safetensors."""
     to_transformers(model).save_pretrained(folder)
+
 
 @torch.no_grad()
 def is_gpt2(model):
@@ -1237,43 +1365,58 @@ def is_gpt2(model):
         print(f"no hf/ at the end, the model is not GPT-2: {problem:.200}")
     return problem is None
 
+
 # -----------------------------------------------------------------------------
 # the launch
 
 # the type of each constant; one that you add has the type of its value
+# fmt: off
 TYPES = {
     str: "data encoding log_dir init_from optimizer prompt device dtype wandb_project",
     bool: "compile wandb_log",
     int: "seed n_layer n_head n_embd total_batch_size B T warmup_steps max_steps log_every "
          "val_every val_steps hella_every sample_every save_every keep n_samples sample_tokens "
          "top_k timeout",
-    float: "dropout max_lr min_lr weight_decay beta1 beta2 momentum grad_clip temperature"}
+    float: "dropout max_lr min_lr weight_decay beta1 beta2 momentum grad_clip temperature",
+}
+# fmt: on
 TYPES = {name: kind for kind, names in TYPES.items() for name in names.split()}
 POSITIVE = "n_layer n_head n_embd total_batch_size T val_steps timeout".split()
 BELOW_1 = "dropout beta1 beta2 momentum".split()
-CHOICES = {"optimizer": ("adamw", "muon"), "encoding": ("gpt2", "bytes"),
-           "dtype": ("auto", "bfloat16", "float16", "float32"), "device": ("cuda", "mps", "cpu")}
+CHOICES = {
+    "optimizer": ("adamw", "muon"),
+    "encoding": ("gpt2", "bytes"),
+    "dtype": ("auto", "bfloat16", "float16", "float32"),
+    "device": ("cuda", "mps", "cpu"),
+}
 
 source = open(__file__, encoding="utf-8").read()
+
 
 def true_or_false(text):
     if text.lower() not in ("true", "false", "1", "0"):
         raise ValueError
     return text.lower() in ("true", "1")
 
+
 def kind_of(name):
     return TYPES.get(name, type(constants[name]))
 
+
 def nearest(name):
     return difflib.get_close_matches(name, constants, n=1, cutoff=0)[0]
+
 
 def parse_launch(argv):
     """Returns the recipe and all constants: as in the file, replaced by the recipe, then flags."""
     comments = dict(re.findall(r"^(\w+) = .*?  # (.*)", source, re.MULTILINE))
     parser = argparse.ArgumentParser(
-        usage="train_gpt2.py [RECIPE] [--name=value ...]", description=__doc__,
+        usage="train_gpt2.py [RECIPE] [--name=value ...]",
+        description=__doc__,
         formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, width=100),
-        add_help=False, allow_abbrev=False)
+        add_help=False,
+        allow_abbrev=False,
+    )
     parser.error = sys.exit  # one line, exit status 1
     default = "gpt2" if os.path.isdir("edu_fineweb10B") else "baby"
     parser.add_argument("recipe", nargs="?", choices=recipes, default=default)
@@ -1282,8 +1425,12 @@ def parse_launch(argv):
     for name in constants:
         convert = {bool: true_or_false, tuple: ast.literal_eval, list: ast.literal_eval}
         options[name] = parser.add_argument(
-            f"--{name}", type=convert.get(kind_of(name), kind_of(name)), default=argparse.SUPPRESS,
-            choices=CHOICES.get(name), help=comments.get(name, "").replace("%", "%%"))
+            f"--{name}",
+            type=convert.get(kind_of(name), kind_of(name)),
+            default=argparse.SUPPRESS,
+            choices=CHOICES.get(name),
+            help=comments.get(name, "").replace("%", "%%"),
+        )
 
     flags, unknown = parser.parse_known_intermixed_args(argv)
     flags = vars(flags)
@@ -1309,6 +1456,7 @@ def parse_launch(argv):
         sys.exit()
     print(f"recipe {recipe}:", *[f"{name}={value!r}" for name, value in replaced.items()])
     return recipe, launch
+
 
 def check_constants(launch):
     """Exits if a constant has another type than it should, or a value that can't work."""
@@ -1337,6 +1485,7 @@ def check_constants(launch):
     available = {"cuda": torch.cuda.is_available(), "mps": torch.mps.is_available(), "cpu": True}
     if not available[launch["device"]]:
         sys.exit(f"device={launch['device']}: torch {torch.__version__} finds none")
+
 
 if __name__ == "__main__":
     if os.environ.get("RANK", "0") != "0":  # remove this to see what the other processes print

@@ -7,6 +7,7 @@ Draws runs in one picture: their losses, and HellaSwag if they have it.
 Lines are training losses, dots are validation losses. Dashed lines show what OpenAI's models reach:
 GPT-2 (124M) on FineWeb-Edu's validation shard and on HellaSwag, GPT-3 (124M) on HellaSwag.
 """
+
 import argparse
 import json
 import os
@@ -30,15 +31,24 @@ def read_log(log_dir):
     except (OSError, ValueError, KeyError, TypeError) as error:
         sys.exit(f"{log_dir}: no log of a run: {error}")
 
+
 def draw(axes, events, name, **style):
     """Draws one series of the log, say val_loss, over the steps."""
     points = [(event["step"], event[name]) for event in events if event.get(name) is not None]
     axes.plot([step for step, _ in points], [value for _, value in points], **style)
 
+
 def draw_reference(axes, value, label):
     axes.axhline(value, color="gray", linestyle="--", linewidth=1)
-    axes.annotate(label, (0, value), xycoords=("axes fraction", "data"),
-                  xytext=(4, 3), textcoords="offset points", color="gray")
+    axes.annotate(
+        label,
+        (0, value),
+        xycoords=("axes fraction", "data"),
+        xytext=(4, 3),
+        textcoords="offset points",
+        color="gray",
+    )
+
 
 parser = argparse.ArgumentParser(usage=__doc__)
 parser.add_argument("log_dirs", nargs="+", metavar="log_dir")

@@ -126,8 +126,10 @@ if __name__ == "__main__":
         mine = launch(folder, args.steps, args.dtype)
         theirs = list(peer(args.peer, folder, args.steps, args.dtype, args.alike))
     assert len(mine) == len(theirs) == args.steps
-    print(f"{args.peer}: {args.steps} steps of {B * T * MICRO_STEPS} tokens, {args.dtype}"
-          + ", GPT-2's GELU and our schedule for both" * args.alike)
+    print(
+        f"{args.peer}: {args.steps} steps of {B * T * MICRO_STEPS} tokens, {args.dtype}"
+        + ", GPT-2's GELU and our schedule for both" * args.alike
+    )
     print(f"loss {mine[0]['train_loss']:.4f} at first, {mine[-1]['train_loss']:.4f} at last")
     for event, text in (("train_loss", "loss"), ("grad_norm", "gradient norm"), ("lr", "rate")):
         difference = max(abs(a[event] - b[event]) for a, b in zip(mine, theirs, strict=True))

@@ -11,7 +11,6 @@ Runs are forks of this process, which has imported everything once: five to ten 
 import argparse
 import collections
 import random
-import re
 import shutil
 import subprocess
 import tempfile
@@ -21,6 +20,8 @@ from pathlib import Path
 import numpy as np
 from conftest import ROOT, TINY, fork, load, log_of, write_bin
 from storm import different_tensors
+
+import train_gpt2
 
 SMALL = [*TINY, "--n_layer=1", "--n_embd=8", "--n_samples=0", "--T=16", "--B=4", "--keep=0"]
 SMALL += ["--total_batch_size=64", "--val_steps=1", "--save_every=2", "--val_every=0"]
@@ -121,9 +122,7 @@ class Fuzz:
     def command_line(self):
         """Nonsense values for names that exist, and flags with some characters changed."""
         chance = self.chance
-        text = (ROOT / "train_gpt2.py").read_text()
-        listed = re.findall(r"^(\w+(?:, \w+)*) = ", text.split("# --name=value")[0], re.MULTILINE)
-        names = [name for names in listed for name in names.split(", ")]
+        names = sorted(train_gpt2.constants)
         nonsense = "abc -1 1.5.1 0x10 1_000 nan inf -inf 1e999 1e-999 true None [] = --".split()
         nonsense += ["", " 1", "\u0663", "\udcff", "é" * 300, "9" * 5000]
         flag = f"--{chance.choice(names)}={chance.choice([*nonsense, '0', '0.0', '1e-3', '1'])}"

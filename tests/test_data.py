@@ -85,17 +85,15 @@ def test_targets_are_the_inputs_one_place_on(shards):
     assert (x[:, 1:] == y[:, :-1]).all()
 
 
-def test_npy_and_bin_alike(shards):
+def test_npy_and_bin_give_the_same_windows(shards):
     a, b = (loader(folder, "train", 32, seed=7) for folder in shards)
     assert a.starts.tolist() == b.starts.tolist()
     for i in range(a.n_windows):
         assert (a.window(i) == b.window(i)).all()
 
 
-def test_seed_and_split(shards):
-    first = [
-        loader(shards[0], "train", 32, seed).window(0).tolist() for seed in (1, 2, 1)
-    ]
+def test_the_seed_shuffles_train_and_not_val(shards):
+    first = [loader(shards[0], "train", 32, seed).window(0).tolist() for seed in (1, 2, 1)]
     assert first[0] == first[2] != first[1]
     val = loader(shards[0], "val", 32)
     expected = np.load(next(shards[0].glob("*val*")))
@@ -105,9 +103,7 @@ def test_seed_and_split(shards):
 
 
 def test_a_split_is_a_word_of_the_name(tmp_path):
-    for i, name in enumerate(
-        ["retrieval_train_0.npy", "constraints_val_0.npy", "val_2.npy.tmp"]
-    ):
+    for i, name in enumerate(["retrieval_train_0.npy", "constraints_val_0.npy", "val_2.npy.tmp"]):
         with open(tmp_path / name, "wb") as file:
             np.save(file, np.full(100, i, np.uint16))
     for split, token in (("train", 0), ("val", 1)):
@@ -152,9 +148,7 @@ def test_shard_of_another_length_than_its_header_says(folder):
     write_bin(folder / "train_1.bin", range(20000))
     path = folder / "train_1.bin"
     path.write_bytes(path.read_bytes()[:-11])
-    with pytest.raises(
-        SystemExit, match=rf"{path}: .*expected \(20000,\) .*found 19994.5"
-    ):
+    with pytest.raises(SystemExit, match=rf"{path}: .*expected \(20000,\) .*found 19994.5"):
         open_shard(str(path))
 
 
@@ -182,7 +176,7 @@ def test_shard_with_another_header_than_llm_c_s(folder, place, value):
 
 @pytest.mark.parametrize("content", [b"", b"\x93NUMPY", b"<html>404</html>" * 100, bytes(4096)])
 @pytest.mark.parametrize("name", ["train_1.npy", "train_1.bin"])
-def test_shard_that_is_none(folder, content, name):
+def test_a_file_that_is_no_shard_is_refused(folder, content, name):
     (folder / name).write_bytes(content)
     with pytest.raises(SystemExit, match=f"{name}: not a shard"):
         open_shard(str(folder / name))
@@ -254,7 +248,7 @@ def test_end_of_text_in_a_text_is_the_separator(tmp_path):
     assert read(tmp_path, text, "bytes") == list(text)
 
 
-def test_line_ends_of_windows(tmp_path):
+def test_line_ends_of_windows_and_old_macs(tmp_path):
     """Tokens are those of plain lines; samples of a model of bytes show lines."""
     from train_gpt2 import printable
 

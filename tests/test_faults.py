@@ -133,10 +133,7 @@ def test_a_damaged_or_hostile_checkpoint_is_not_used(text, tmp_path):
     with pytest.raises(pickle.UnpicklingError):
         torch.load(newest, weights_only=True)
     result = train(*flags, "--init_from=resume")
-    assert (
-        "ckpt_000004.pt" in result.stdout
-        and "resuming at step 2" in result.stdout
-    )
+    assert "ckpt_000004.pt" in result.stdout and "resuming at step 2" in result.stdout
     assert not os.path.exists("pwned")
     for path in (tmp_path / "log").glob("*.pt"):
         path.write_bytes(path.read_bytes()[:5000])
@@ -171,7 +168,7 @@ def test_a_damaged_checkpoint_does_not_crowd_out_good_ones(text, tmp_path):
     }
 
 
-def test_never_is_never(text, tmp_path):
+def test_zero_turns_events_off(text, tmp_path):
     """With ..._every=0, nothing happens at the end either."""
     never = [f"--{what}_every=0" for what in ("log", "val", "hella", "sample", "save")]
     result = train(f"--data={text}", f"--log_dir={tmp_path}/log", "--max_steps=2", *never)
@@ -274,7 +271,7 @@ def test_cuda_out_of_memory(text, tmp_path):
 @pytest.mark.parametrize(
     "flags", [["--dtype=bfloat16", "--compile=1"], ["--dtype=float32"], ["--dtype=float16"]]
 )
-def test_cuda(text, tmp_path, flags):
+def test_cuda_trains(text, tmp_path, flags):
     train(f"--data={text}", f"--log_dir={tmp_path}/log", "--max_steps=20", "--device=cuda", *flags)
     losses = series(tmp_path / "log", "train_loss")
     assert losses[19] < losses[0] - 0.3
@@ -500,7 +497,7 @@ def test_what_has_changed_is_said_when_a_run_is_extended(text, tmp_path):
     said = train(*flags, "--max_steps=24", "--init_from=resume", "--max_lr=4e-3").stdout
     assert "max_steps was 12, is 24" in said and "max_lr was 0.008, is 0.004" in said
     assert "learning rate at step 12 was 5.00e-04, is 2.25e-03" in said
-    assert series(tmp_path / "log", "val_loss") .keys() == {0, 10, 12, 20, 24}
+    assert series(tmp_path / "log", "val_loss").keys() == {0, 10, 12, 20, 24}
     assert series(tmp_path / "log", "val_loss")[12] == last
     said = train(*flags, "--max_steps=24", "--init_from=resume", "--max_lr=4e-3").stdout
     assert "changed since" not in said and "learning rate" not in said

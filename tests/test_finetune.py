@@ -28,7 +28,7 @@ def launch(*flags, **how):
     return result.stdout
 
 
-def test_fine_tuning_on_a_text(text, folder, tmp_path):
+def test_fine_tuning_starts_at_transformers_loss(text, folder, tmp_path):
     """It starts at transformers' loss on the same tokens, and the loss falls. transformers reads
     the result, and --init_from=resume continues."""
     import tiktoken

@@ -176,7 +176,7 @@ def test_long_runs_do_not_hang(tmp_path):
     assert_tokens(tmp_path / "out", reference(texts), 100_000_000)
 
 
-def test_own_text(tmp_path):
+def test_a_folder_of_own_text(tmp_path):
     """A line of .jsonl is a document, and so is a .txt file; one has half a surrogate pair."""
     plays = ["a\r\nb", "ü\0"]
     folder = tmp_path / "source"
@@ -231,7 +231,7 @@ def times(out):
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_kill_9(long, tmp_path, seed):
+def test_shards_after_kill_9_are_the_same(long, tmp_path, seed):
     """Killed twice at random moments, it leaves no worker behind, and makes no shard again that the
     progress counts. (A shard that was saved but not yet counted is for the next test.)"""
     source, tokens = long
@@ -358,7 +358,7 @@ def test_full_disk(source, tokens, tmp_path):
     assert_tokens(tmp_path / "out", tokens)
 
 
-def test_never_mixed(source, tokens, tmp_path):
+def test_shards_of_two_sources_are_never_mixed(source, tokens, tmp_path):
     out = tmp_path / "out"
     (tmp_path / "no text").mkdir()
     (tmp_path / "no text" / "a.jsonl").write_text("{}")
@@ -378,7 +378,7 @@ def test_never_mixed(source, tokens, tmp_path):
     assert_tokens(out, tokens[: 4 * SIZE])
 
 
-def test_two_at_once(long, tmp_path):
+def test_two_at_once_in_one_folder(long, tmp_path):
     source, tokens = long
     flags = f"--source={source}", f"--out={tmp_path / 'out'}", f"--shard_size={SIZE}"
     process = start(*flags)
@@ -429,7 +429,7 @@ def test_damaged_files(source, texts, tmp_path):
         ("a.txt", "café".encode("latin-1")),
     ],
 )
-def test_bad_sources(tmp_path, name, content):
+def test_bad_source_files_are_named(tmp_path, name, content):
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / name).write_bytes(content)
     message = fail(f"--source={tmp_path / 'source'}", f"--out={tmp_path / 'out'}")
@@ -478,7 +478,7 @@ def test_json_whose_text_is_no_string(tmp_path, value):
         (["--source=no/such/folder"], "no/such/folder"),
     ],
 )
-def test_mistakes(tmp_path, flags, message):
+def test_mistakes_are_one_line(tmp_path, flags, message):
     assert message in fail(f"--out={tmp_path / 'out'}", *flags)
     assert not (tmp_path / "out").exists()
 
@@ -498,7 +498,7 @@ def test_no_tokenizer(hub, tmp_path):
 
 
 @pytest.mark.parametrize("reset", [False, True])
-def test_the_hub(hub, tokens, tmp_path, reset):
+def test_a_dataset_on_the_hub(hub, tokens, tmp_path, reset):
     """The connection breaks off in the middle of a file."""
     hub.drops, hub.reset = {"sample/10BT/001.parquet": [300_000]}, reset
     flags = f"--out={tmp_path / 'out'}", f"--shard_size={SIZE}"

@@ -243,7 +243,7 @@ class GPT(train_gpt2.GPT):
 """
 
 
-def test_the_measurement_in_small(tmp_path):
+def test_bench_gpu_runs_on_a_small_model(tmp_path):
     """bench/gpu.py prints its table, times another script, and leaves the repository as it is."""
 
     def files():

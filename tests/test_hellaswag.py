@@ -184,7 +184,7 @@ def test_the_folder_of_a_run(tmp_path, data, shards, score, fail, text):
     assert "has 256 tokens" in fail(tmp_path / "bytes", f"--data={data}")
 
 
-def test_show(data, folder, score):
+def test_show_prints_examples_and_marks_the_right_ending(data, folder, score):
     lines = score(folder, f"--data={data}", "--limit=4", "--show=2")
     examples = [json.loads(line) for line in data.read_text().splitlines()[:2]]
     for example in examples:
@@ -269,7 +269,7 @@ def test_labels_as_strings_and_blank_lines(tmp_path):
     assert [example.label for example in hellaswag.load_examples(path)] == [3, 3, 0, 0]
 
 
-def test_mistakes(tmp_path, data, folder, fail):
+def test_mistakes_are_one_line(tmp_path, data, folder, fail):
     """Each gives one line. A folder of another architecture is not scored as if it were GPT-2."""
     (tmp_path / "bad.jsonl").write_text("{}\n")
     (tmp_path / "empty.jsonl").write_text("")
@@ -484,7 +484,9 @@ def in_the_loop(data, *flags):
 
 
 @pytest.mark.parametrize("compile", [0, 1])
-def test_in_the_loop(tmp_path, site, right, shards, data, score, compile, monkeypatch):
+def test_hellaswag_is_logged_in_the_loop(
+    tmp_path, site, right, shards, data, score, compile, monkeypatch
+):
     """It is logged every hella_every steps and at the end, with compile on or off. The last figure
     is that of the saved folder. (Other tests check what the compiler makes of the model and how
     long that takes: here, its graphs run as they are.)"""
@@ -503,7 +505,7 @@ def test_in_the_loop(tmp_path, site, right, shards, data, score, compile, monkey
     assert not acc.startswith(f"acc {correct_norm}/60="), "acc could pass for acc_norm"
 
 
-def test_training_goes_on_without(tmp_path, site, shards, text):
+def test_training_goes_on_without_hellaswag(tmp_path, site, shards, text):
     """A run on shards says so once at the start. A run on a text file does not ask for it."""
     server = site((404, 0, b""))
     for data, told in ((shards[0], 1), (text, 0)):
@@ -514,12 +516,12 @@ def test_training_goes_on_without(tmp_path, site, shards, text):
     assert server.asked == 1
 
 
-def test_does_not_import_the_training_script():
+def test_hellaswag_imports_alone():
     code = "import sys, hellaswag; sys.exit('train_gpt2' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
-def test_two_ranks_in_the_loop(tmp_path, shards):
+def test_two_ranks_train_without_hellaswag(tmp_path, shards):
     """Without the file, both go on."""
     train(f"--data={shards[0]}", f"--log_dir={tmp_path / 'run'}", "--max_steps=2", processes=2)
     assert len(series(tmp_path / "run", "train_loss")) == 2

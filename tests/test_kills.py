@@ -27,13 +27,13 @@ RUN = ["--max_steps=40", "--save_every=5", "--B=4", "--total_batch_size=256", "-
 
 
 @pytest.mark.parametrize("processes, kills", [(1, 15), (2, 5)])
-def test_a_storm_of_kills(tmp_path, processes, kills):
+def test_a_storm_of_kills_changes_nothing(tmp_path, processes, kills):
     flags = ["--optimizer=muon"] if processes == 1 else ["--optimizer=adamw"]
     found = storm(tmp_path, kills, processes, seed=kills, flags=flags)
     assert found == {"kills": kills, **CALM}
 
 
-def test_random_damage(tmp_path):
+def test_random_damage_ends_well_or_in_one_line(tmp_path):
     found = fuzz.fuzz(tmp_path, 500)
     kinds = collections.Counter()
     for (kind, _), n in found.items():
@@ -70,7 +70,7 @@ def test_without_restarts_the_others_leave_too(text, tmp_path):
     assert not processes_of(tmp_path / "log")
 
 
-def test_a_rank_that_hangs(text, tmp_path):
+def test_a_hanging_rank_ends_the_run_in_time(text, tmp_path):
     """The others give up after the timeout. The run can then be resumed."""
     flags = [f"--data={text}", f"--log_dir={tmp_path}/log", *RUN, "--max_steps=5000"]
     # not by torchrun, which would wait for 30 s before it kills the rank that hangs
@@ -96,7 +96,7 @@ def straight(text, tmp_path_factory):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_two_nodes(text, tmp_path, straight, processes):
+def test_two_nodes_train_as_one(text, tmp_path, straight, processes):
     """Two agents run on this machine, each with its log_dir. The second one's stays empty."""
     flags = [f"--data={text}", *RUN, "--dropout=0"]
     flags += [f"--B={4 // processes}"]

@@ -44,7 +44,7 @@ def test_initial_loss_is_that_of_a_uniform_guess():
     assert abs(loss.item() - math.log(50257)) < 0.1
 
 
-def test_initialization(model):
+def test_weights_start_as_gpt_2_s(model):
     """std is 0.02, and 0.02 / sqrt(2 * 3) for what is added to the residual stream."""
     torch.manual_seed(0)
     wide = GPT(GPTConfig(block_size=64, vocab_size=500, n_layer=3, n_head=4, n_embd=256))
@@ -73,7 +73,7 @@ def test_the_residual_stream_under_autocast(model):
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx(plain.item(), abs=0.01)
 
 
-def test_causality(model):
+def test_no_position_sees_a_later_one(model):
     x = torch.randint(50, (1, 16))
     before = model(x)
     for t in range(16):
@@ -190,7 +190,7 @@ def test_a_changed_architecture_is_noticed(model, capsys):
         assert "no hf/" in capsys.readouterr().out
 
 
-def test_generate(model):
+def test_generate_draws_from_the_model_s_scores(model):
     model.eval()
     x = torch.randint(50, (3, 5))
 

@@ -331,7 +331,7 @@ def test_peak_of_a_gpu(name, tflops):
     assert get_peak_flops(name) == (tflops and tflops * 1e12)
 
 
-def test_schedule():
+def test_the_learning_rate_warms_up_and_decays():
     from train_gpt2 import get_lr
 
     lrs = [get_lr(step, 1.0, 0.1, 10, 110) for step in range(111)]

@@ -39,7 +39,7 @@ def straight(text, tmp_path_factory):
     return log_dir, result.stdout
 
 
-def test_log(straight):
+def test_the_log_has_every_event_once(straight):
     log_dir, stdout = straight
     first = json.loads((log_dir / "log.jsonl").read_text().splitlines()[0])
     assert first["constants"]["n_embd"] == 32 and first["torch"] == torch.__version__
@@ -58,7 +58,7 @@ def test_log(straight):
     assert log_of(log_dir)[-1]["step"] == 12
 
 
-def test_checkpoint(straight):
+def test_a_checkpoint_holds_the_whole_run(straight):
     log_dir, stdout = straight
     names = {path.name for path in log_dir.iterdir()}
     assert names == {"ckpt_000012.pt", "log.jsonl", "train_gpt2.py"}
@@ -156,7 +156,7 @@ def test_copies_of_checkpoints_are_left_alone(straight, text, tmp_path):
     assert set((tmp_path / "log").glob("*.pt")) == {newest, *copies}
 
 
-def test_today_s_constants_hold_when_resuming(straight, text, tmp_path):
+def test_a_resumed_run_uses_the_constants_of_its_launch(straight, text, tmp_path):
     """The constants stored with the optimizer are not used."""
     shutil.copytree(straight[0], tmp_path / "log")
     train(
@@ -192,7 +192,7 @@ def test_samples_change_nothing(text, tmp_path):
     assert losses[0] == losses[1]
 
 
-def test_each_rank_drops_other_numbers(tmp_path):
+def test_dropout_differs_across_ranks(tmp_path):
     """On a text of one letter, where the ranks have the same data: their mean is not rank 0's."""
     (tmp_path / "a.txt").write_text("a" * 10_000)
     losses = []
@@ -205,7 +205,7 @@ def test_each_rank_drops_other_numbers(tmp_path):
     assert abs(losses[0] - losses[1]) > 1e-5
 
 
-def test_val_steps_beyond_the_val_split(text, tmp_path):
+def test_val_steps_end_with_the_val_split(text, tmp_path):
     """It is read once: 12,000 tokens are 374 windows, of which 23 steps take 368."""
     losses = []
     for val_steps in (23, 24, 40):
@@ -216,7 +216,7 @@ def test_val_steps_beyond_the_val_split(text, tmp_path):
     assert losses[0] != losses[1] == losses[2]
 
 
-def test_gradient_clipping(text, tmp_path):
+def test_large_gradients_are_clipped(text, tmp_path):
     """Gradients clipped far below AdamW's epsilon move nothing."""
     flags = (
         f"--data={text}",
@@ -233,12 +233,10 @@ def test_gradient_clipping(text, tmp_path):
     clipped, free = (series(tmp_path / clip, "val_loss") for clip in ("1e-12", "0"))
     assert clipped[3] == pytest.approx(clipped[0], abs=1e-4)
     assert free[3] < free[0] - 0.01
-    assert (
-        series(tmp_path / "1e-12", "grad_norm")[0] > 1
-    )  # the log has the norm before clipping
+    assert series(tmp_path / "1e-12", "grad_norm")[0] > 1  # the log has the norm before clipping
 
 
-def test_compiled(straight, text, tmp_path):
+def test_a_compiled_run_has_the_same_losses(straight, text, tmp_path):
     """It trains, evaluates and samples. The checkpoint loads uncompiled; losses are the same."""
     flags = f"--data={text}", f"--log_dir={tmp_path}/log"
     save = "--save_every=5"
@@ -257,7 +255,7 @@ def test_compiled(straight, text, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("processes", [1, 2])
-def test_stop_signal(text, tmp_path, number, processes):
+def test_a_stop_signal_saves_and_exits(text, tmp_path, number, processes):
     flags = (
         f"--data={text}",
         f"--log_dir={tmp_path}/log",
@@ -295,7 +293,7 @@ def test_stop_signal(text, tmp_path, number, processes):
         ),
     ],
 )
-def test_a_signal_at_other_moments(text, tmp_path, moment, flags):
+def test_a_stop_signal_during_other_work(text, tmp_path, moment, flags):
     """The current step, or the next one, is finished and saved. The same holds if it comes twice at
     once, as when Slurm sends it to all processes and torchrun sends it to its own again."""
     flags = f"--data={text}", f"--log_dir={tmp_path}/log", "--max_steps=5000", *flags
@@ -368,7 +366,7 @@ def test_shards_end_in_a_folder_for_transformers(shards, tmp_path):
     assert found == pytest.approx(expected, abs=0.01)  # a little less, without rows of padding
 
 
-def test_bfloat16(text, tmp_path, straight):
+def test_bfloat16_learns_as_float32(text, tmp_path, straight):
     train(f"--data={text}", f"--log_dir={tmp_path}/log", "--max_steps=12", "--dtype=bfloat16")
     assert series(tmp_path / "log", "val_loss")[12] == pytest.approx(
         series(straight[0], "val_loss")[12], abs=0.05
@@ -392,31 +390,55 @@ def test_every_parameter_is_in_one_group(name):
 
 
 @in_a_fork
-def test_adamw_is_torch_s():
-    """Compares three updates with torch.optim.AdamW's."""
-    from train_gpt2 import GPT, GPTConfig, make_optimizers
+def test_the_same_steps_as_transformers(shards, tmp_path):
+    """20 steps of our launch, and of transformers' GPT-2 with torch's AdamW and transformers'
+    schedule, from the same weights and with the same windows."""
+    from transformers import (
+        GPT2Config,
+        GPT2LMHeadModel,
+        get_cosine_with_min_lr_schedule_with_warmup,
+    )
 
-    x = torch.randint(256, (4, 9), generator=torch.Generator().manual_seed(0))
-    weights = []
-    for ours in (True, False):
-        torch.manual_seed(0)
-        model = GPT(GPTConfig(block_size=8, vocab_size=256, n_layer=2, n_head=2, n_embd=16))
-        if ours:
-            [optimizer] = make_optimizers(model, "adamw", 0.1)
-        else:
-            decay = [p for p in model.parameters() if p.dim() == 2]
-            rest = [p for p in model.parameters() if p.dim() == 1]
-            groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
-            optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
-        for group in optimizer.param_groups:
-            group["lr"] = 1e-2
-        for _ in range(3):
-            optimizer.zero_grad()
-            model(x[:, :-1], x[:, 1:]).backward()
-            optimizer.step()
-        weights.append(model.state_dict())
-    for name in weights[0]:
-        assert torch.allclose(weights[0][name], weights[1][name], atol=1e-6), name
+    from train_gpt2 import TokenLoader, load_split
+
+    torch.manual_seed(0)
+    config = GPT2Config(n_layer=2, n_head=2, n_embd=32, n_positions=32)
+    config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
+    model = GPT2LMHeadModel(config)
+    model.save_pretrained(tmp_path / "weights")
+    flags = [f"--data={shards[0]}", f"--init_from={tmp_path / 'weights'}", "--optimizer=adamw"]
+    flags += [
+        "--max_lr=1e-3",
+        "--min_lr=1e-4",
+        "--max_steps=20",
+        "--val_every=0",
+        "--hella_every=0",
+    ]
+    train(*flags, f"--log_dir={tmp_path / 'run'}", "--B=6")
+
+    decay = [p for p in model.parameters() if p.dim() == 2]
+    rest = [p for p in model.parameters() if p.dim() == 1]
+    groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95))
+    schedule = get_cosine_with_min_lr_schedule_with_warmup(optimizer, 5, 20, min_lr=1e-4)
+    schedule.step()  # its warmup begins with a rate of 0
+    split = load_split(str(shards[0]), "train", "gpt2")
+    loader = TokenLoader(split, 16, 32, 0, 1, "cpu", 50257, seed=1337)
+    logged = [event for event in log_of(tmp_path / "run") if "train_loss" in event]
+    assert len(logged) == 20
+    for step, event in enumerate(logged):
+        x, y = loader.batch(range(16 * step, 16 * step + 16), 0)
+        logits = model(x).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten())
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        assert event["train_loss"] == pytest.approx(loss.item(), abs=2e-5)
+        assert event["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+        assert event["lr"] == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-6)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step != 4:  # the last one of our warmup, which is where theirs is already
+            schedule.step()
 
 
 def test_newton_schulz_against_the_singular_value_decomposition():

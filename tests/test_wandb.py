@@ -84,7 +84,7 @@ def test_all_samples_of_a_step_in_one_event(text, tmp_path, offline):
     assert len(texts) == 3
 
 
-def test_not_installed(text, tmp_path):
+def test_wandb_that_is_not_installed(text, tmp_path):
     (tmp_path / "path").mkdir()
     (tmp_path / "path" / "wandb.py").write_text("raise ImportError(\"No module named 'wandb'\")")
     path = {"PYTHONPATH": str(tmp_path / "path")}
