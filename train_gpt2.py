@@ -790,7 +790,7 @@ def main(recipe):
     elif writes_files:
         if writes_hf:
             save_pretrained(raw_model, f"{log_dir}/hf")
-        tokens = (step - start_step) * total_batch_size
+        tokens = step * total_batch_size
         minutes = (time.perf_counter() - t_start) / 60
         print(
             f"done: {step} steps, {tokens:,} tokens, {minutes:.1f} minutes{peak_memory()}, "
