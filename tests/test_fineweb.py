@@ -261,7 +261,7 @@ def test_shards_after_kill_9_are_the_same(long, tmp_path, seed):
 def test_killed_between_a_shard_and_its_progress(source, tokens, tmp_path, shard):
     """The shard is made again with the same bytes, even by other workers with other batches."""
     flags = f"--source={source}", f"--out={tmp_path / 'out'}", f"--shard_size={SIZE}"
-    line = '            progress["shards"].append(dict(\n'
+    line = '            progress["shards"].append(\n'
     kill = f'            if path.stem[-1] == "{shard}":\n                signal.raise_signal(9)\n'
     process = start(*flags, script=variant(tmp_path / "killed.py", line, kill + line))
     assert finish(process).returncode == -signal.SIGKILL

@@ -45,11 +45,11 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A random GPT-2 of 4 layers, saved by transformers. Large weights prevent ties."""
+    """A random GPT-2 of 2 layers, saved by transformers. Large weights prevent ties."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(n_layer=4, n_head=4, n_embd=128, initializer_range=0.1))
+    model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=64, initializer_range=0.1))
     path = tmp_path_factory.mktemp("hf")
     model.save_pretrained(path)
     return path

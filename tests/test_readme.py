@@ -49,6 +49,8 @@ STORY = {
     # a folder "gpt2" holds a small one; transformers looks there before it asks the hub
     'python train_gpt2.py sample --prompt="The sea"': SAMPLES,
     "python train_gpt2.py finetune --data=my.txt": SMALL,
+    holding("finetune", "--log_dir=log/finetuned"): SMALL,
+    holding("sample", "--init_from=log/finetuned"): SAMPLES,
     "python train_gpt2.py gpt2": SHARDS,
     holding("--n_layer=24"): SHARDS,
     "python train_gpt2.py gpt2 --init_from=log/gpt2 --max_steps=0": SHARDS[:-2],
@@ -61,7 +63,7 @@ STORY = {
     ],
 }
 PLOT = holding("assets/plot.py")
-NOTEBOOK = holding("grep -v torch")
+NOTEBOOK = holding("grep -v")
 
 # not run here, and why
 HUB = "the hub; with a server on loopback: test_fineweb.py, test_hellaswag.py"
@@ -150,7 +152,9 @@ def test_the_readme_s_commands_work_in_order(home, shards, monkeypatch, capsys):
         else:
             module = ["-m", "torch.distributed.run"] if program == "torchrun" else []
             printed[line] = run(home, sys.executable, *module, script, *words, *flags)
-    plain, again, samples, own, tokens, *_, sea, tuned, _, larger, evaluated, two = printed.values()
+    plain, again, samples, own, tokens, *_, evaluated, two = printed.values()
+    sea = printed['python train_gpt2.py sample --prompt="The sea"']
+    tuned = printed["python train_gpt2.py finetune --data=my.txt"]
     assert "done: 3 steps" in plain and "log/baby" in plain
     assert "moved the older run in log/baby to" in again and "log/baby-1" in again
     assert samples.count("sample: KING HENRY:") == 2 and "moved" not in samples
@@ -158,7 +162,7 @@ def test_the_readme_s_commands_work_in_order(home, shards, monkeypatch, capsys):
     assert len(list((home / "my_shards").glob("*.npy"))) > 2
     assert sea.count("sample: The sea") == 2
     assert "val loss" in tuned and (home / "log" / "finetuned" / "hf").exists()
-    assert "max_lr=0.0003" in larger and "val loss 10." in evaluated
+    assert "val loss 10." in evaluated
     assert "2 x cpu" in two and "1 x 16 x 64 tokens in each process" in two
 
     monkeypatch.chdir(home)
@@ -228,7 +232,7 @@ def test_a_picture_without_a_log(tmp_path, monkeypatch):
 
 def test_the_notebook_keeps_its_torch(home):
     grep, install = NOTEBOOK.split(" | ")
-    assert install == "pip install -r /dev/stdin && python train_gpt2.py"
+    assert install == "pip install -r /dev/stdin"
     kept = run(home, *shlex.split(grep))
     assert "torch" not in kept
     assert len(kept.split()) == len((home / "requirements.txt").read_text().split()) - 1
@@ -289,7 +293,7 @@ def test_figures_of_the_constants():
     """Where the pages name a default, the script has the same."""
     import train_gpt2
 
-    assert f"({train_gpt2.constants['max_steps']:,} steps)" in README
+    assert f"{train_gpt2.constants['max_steps']:,}" in README
     assert set(train_gpt2.recipes) == set(re.findall(r"train_gpt2\.py (\w+)", README))
     for flag in set(re.findall(r"--([a-z]\w*)=", README)):
         scripts = "".join(path.read_text() for path in ROOT.glob("*.py"))

@@ -316,9 +316,9 @@ def test_a_second_signal_leaves_at_once(text, tmp_path):
     """The first step takes a minute. The first signal lets it go on, the second ends the run."""
     large = "--total_batch_size=65536", "--B=1", "--n_embd=256", "--n_layer=8"
     log_dir = f"--log_dir={tmp_path}/log"
-    process = Fork(*TINY, f"--data={text}", log_dir, *large, "--val_every=0", "--sample_every=1")
+    process = Fork(*TINY, f"--data={text}", log_dir, *large, "--val_steps=1")
     log = tmp_path / "log" / "log.jsonl"
-    wait_for(lambda: log.exists() and '"sample"' in log.read_text(), process)
+    wait_for(lambda: log.exists() and '"val_loss"' in log.read_text(), process)
     process.send_signal(signal.SIGINT)
     time.sleep(1)
     assert process.poll() is None
@@ -556,7 +556,7 @@ def test_a_changed_architecture_trains_to_the_end(shards, tmp_path, monkeypatch)
     for line, new in (
         ("            wpe=nn.Embedding(config.block_size, config.n_embd),\n", ""),
         ("        x = tok_emb + pos_emb\n", "        x = tok_emb\n"),
-        ("        pos_emb = self.transformer.wpe.weight[:idx.shape[1]]", "        # "),
+        ("        pos_emb = self.transformer.wpe.weight[: idx.shape[1]]", "        # "),
     ):
         assert source.count(line) == 1
         source = source.replace(line, new)
