@@ -393,11 +393,8 @@ def test_every_parameter_is_in_one_group(name):
 def test_the_same_steps_as_transformers(shards, tmp_path):
     """20 steps of our launch, and of transformers' GPT-2 with torch's AdamW and transformers'
     schedule, from the same weights and with the same windows."""
-    from transformers import (
-        GPT2Config,
-        GPT2LMHeadModel,
-        get_cosine_with_min_lr_schedule_with_warmup,
-    )
+    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup
 
     from train_gpt2 import TokenLoader, load_split
 
