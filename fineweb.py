@@ -47,7 +47,7 @@ signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends parent and workers a
 
 
 def list_folder(folder, subset):
-    """All files of a folder and the folders below, but the hidden ones. Links are followed; a
+    """All files of a folder and the folders below, except hidden ones. Links are followed; a
     broken one is an error."""
     if subset is None:
         subset = SUBSET if os.path.isdir(f"{folder}/{SUBSET}") else ""
@@ -72,7 +72,7 @@ def list_folder(folder, subset):
 
 
 def list_hub(source, subset):
-    """All files of a folder of a dataset on the hub but the hidden ones, and its revision."""
+    """All files below a folder of a dataset on the hub, except hidden ones, and its revision."""
     subset = SUBSET if subset is None else subset
     try:
         revision = hub.dataset_info(source).sha
@@ -117,7 +117,9 @@ def download(source, name, **how):
             status = getattr(getattr(cause, "response", None), "status_code", None)
             will_stay = status is not None and status < 500 and status not in (408, 429)
             if will_stay or pause is None or hub.constants.HF_HUB_OFFLINE:
-                sys.exit(f"{source}, {name}: {' '.join(map(one_line, {error, cause}))}")
+                sys.exit(
+                    f"{source}, {name}: {' '.join(map(one_line, dict.fromkeys([error, cause])))}"
+                )
         time.sleep(pause)
 
 
@@ -141,7 +143,10 @@ def read_documents(path):
         with gzip.open(path, "rb") if kind.endswith(".gz") else open(path, "rb") as file:
             for line in file:
                 if line.strip():
-                    yield as_text(json.loads(line)["text"]), True
+                    fields = json.loads(line)
+                    if "text" not in fields:
+                        raise ValueError('there is no field "text"')
+                    yield as_text(fields["text"]), True
 
 
 def as_text(value):
@@ -153,7 +158,7 @@ def as_text(value):
 
 
 def read_txt(path):
-    """Yields what stands between the marks. Line ends beside a mark belong to it."""
+    """Yields what stands between the marks. Line ends next to a mark are dropped with it."""
     rest, is_start, after_mark = "", True, False
     with open(path, encoding="utf-8", newline="") as file:
         for chunk in iter(functools.partial(file.read, piece), ""):
@@ -186,7 +191,7 @@ def read_batches(source, files, revision, place):
     file, document, nulls = place["file"], place["document"], place["nulls"]
     for number in range(file, len(files)):
         documents = open_file(source, files[number], revision, document)
-        for batch in iter(lambda documents=documents: list(islice(documents, batch_size)), []):
+        while batch := list(islice(documents, batch_size)):
             yield {"file": number, "document": document, "nulls": nulls}, batch
             document += len(batch)
             nulls += batch.count((None, True))
@@ -237,8 +242,8 @@ def encode(tokenizer, text):
 
 def tokenize(batches, workers):
     """Yields (place, tokens) of each batch, in order. The workers are processes, since threads
-    share the interpreter's lock. Each has a pipe of its own: of a pool, whose workers share
-    one, some would wait in it for ever after a kill -9."""
+    share the interpreter's lock. Each has a pipe of its own. The workers of a pool share one, and
+    after a kill -9 some of them would wait on it forever."""
     waiting = deque()
     try:
         for _ in range(workers):
@@ -263,7 +268,7 @@ def tokenize(batches, workers):
 
 
 def cut(batches, skip, shard_size):
-    """Joins the tokens of batches, but for the first `skip`, and cuts them into shards. Yields
+    """Joins the tokens of batches, except the first `skip`, and cuts them into shards. Yields
     each shard with the place where the next one begins: a batch's, and the tokens to skip."""
     shard = np.empty(shard_size, np.uint16)
     filled = 0
@@ -341,7 +346,7 @@ def begin(args):
     files, others, revision = list_files(args.source, args.subset, suffixes, args.out)
     if others:
         more = ", ..." if len(others) > 5 else ""
-        print(f"passing over {len(others)} other files: {', '.join(others[:5])}{more}")
+        print(f"ignoring {len(others)} other files: {', '.join(others[:5])}{more}")
     start = dict(file=0, document=0, nulls=0, skip=0)
     return dict(
         made_of=made_of,
@@ -390,7 +395,7 @@ def make(args, progress):
 
 
 def n_cores():
-    """How many cores this process may use. One process reads for at most 16 workers."""
+    """How many cores this process may use, up to 16: one reader can't feed more workers."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return min(cores, 16)
 
@@ -400,12 +405,14 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(usage=__doc__, allow_abbrev=False)
     parser.error = sys.exit  # one line, without the usage
     parser.add_argument("--source", default="HuggingFaceFW/fineweb-edu", help="hub or folder")
-    parser.add_argument("--subset", help=f"folder in the source; where it exists, {SUBSET}")
-    parser.add_argument("--out", type=Path, default="edu_fineweb10B", help="for the shards")
+    parser.add_argument("--subset", help=f"folder in the source (default: {SUBSET}, if it exists)")
+    parser.add_argument("--out", type=Path, default="edu_fineweb10B", help="folder for the shards")
     parser.add_argument("--shard_size", type=int, default=100_000_000, help="in tokens")
     parser.add_argument("--shards", type=int, default=sys.maxsize, help="how many to make")
     parser.add_argument("--workers", type=int, default=n_cores(), help="processes that tokenize")
-    parser.add_argument("--pretokenized", nargs="?", const="kjj0/finewebedu10B-gpt2")
+    parser.add_argument(
+        "--pretokenized", nargs="?", const="kjj0/finewebedu10B-gpt2", help="download ready shards"
+    )
     args = parser.parse_args()
     if min(args.shard_size, args.shards, args.workers) < 1:
         sys.exit("--shard_size, --shards and --workers have to be positive")
@@ -420,6 +427,10 @@ if __name__ == "__main__":
         lock = FileLock(args.out / "lock").acquire(timeout=0)  # until this process ends
     except Timeout:
         sys.exit(f"--out={args.out}: another run is writing there; use another folder")
+    except OSError as error:  # some network drives have no locks
+        print(f"warning: --out={args.out} can't be locked: {error}")
+    if (args.out / "progress.json").exists():
+        progress = begin(args)  # once more: another run may have gone on until now
     save(args.out / "progress.json", progress)
 
     if args.pretokenized:

@@ -104,8 +104,8 @@ def batches(examples, batch_tokens):
 
 
 def longest_row(model):
-    """How many tokens a row can have: the last one is only a target, which the model of our GPT,
-    or transformers' GPT2LMHeadModel, does not see."""
+    """How many tokens a row can have: one more than our GPT, or transformers' GPT2LMHeadModel, can
+    see, since the last one is only a target."""
     config = model.config
     return 1 + (config.block_size if hasattr(config, "block_size") else config.n_positions)
 
@@ -127,7 +127,7 @@ def ending_losses(model, batch):
     tokens = pad_sequence(rows, batch_first=True).to(device)
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     mask = pad_sequence(masks, batch_first=True)[:, 1:].to(device)
-    # logits for the endings only: a third of the memory
+    # logits for the endings only, which are about a third of the tokens
     if hasattr(model, "hidden"):
         logits = model.logits(model.hidden(inputs)[mask])
     else:
@@ -182,10 +182,10 @@ if __name__ == "__main__":
     parser.add_argument("--device", default=str(gpu or "cpu"))
     parser.add_argument("--batch_tokens", type=int, default=16384, help="lower saves memory")
     parser.add_argument("--limit", type=int, default=sys.maxsize, help="score only this many")
-    parser.add_argument("--show", type=int, default=0, help="print this many")
+    parser.add_argument("--show", type=int, default=0, help="first print this many examples")
     args = parser.parse_args()
     if args.limit < 1:
-        sys.exit("--limit has to be positive")
+        sys.exit("--limit has to be at least 1")
     from train_gpt2 import load_weights
 
     try:

@@ -1,6 +1,6 @@
 """Trains GPT-2 (124M) from scratch, or a small GPT, on one CPU or on any number of GPUs.
 
-A launch has a recipe, which says what to train on what:
+The recipe says what to train, and on which data:
     python train_gpt2.py baby                            a small GPT on Shakespeare, in minutes
     python train_gpt2.py gpt2                            GPT-2 on FineWeb-Edu (see fineweb.py)
     python train_gpt2.py finetune --data=my.txt          OpenAI's GPT-2, trained on your text
@@ -10,8 +10,11 @@ On eight GPUs, and on two nodes of eight (the second with --node_rank=1):
     torchrun --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --nproc_per_node=8 train_gpt2.py gpt2
 
 The constants below can be edited here, or set for one launch: --B=16 --max_lr=1e-3.
-The results go to log_dir: log.jsonl, checkpoints, and hf/, a folder that transformers reads.
+The results go to log_dir: log.jsonl, checkpoints and, for GPT-2, hf/, which transformers reads.
 Ctrl-C saves and exits. --init_from=resume continues, on any number of GPUs.
+
+A first reading can end with main(). What follows it is machinery that main() calls: the log,
+checkpoints, checks, processes and signals, Hugging Face's format, the command line.
 """
 
 import argparse
@@ -33,7 +36,8 @@ import zipfile
 from dataclasses import dataclass
 from datetime import timedelta
 
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages on a CPU; torch reads it now
+# large pages of memory, which torch asks for now: with a large vocabulary, they halve a CPU's steps
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import numpy as np
 import tiktoken
@@ -48,10 +52,11 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import hellaswag
 
 # -----------------------------------------------------------------------------
-# constants: those of GPT-2 (124M). A recipe replaces some of them, and flags replace both
+# constants: those of GPT-2 (124M). A recipe replaces some of them, and flags replace both. --help
+# shows the comments
 
 data = "edu_fineweb10B"  # a folder of token shards (see fineweb.py), or a text file
-encoding = "gpt2"  # of a text: gpt2 or bytes. Shards always hold GPT-2's tokens
+encoding = "gpt2"  # how a text becomes tokens: gpt2 or bytes. Shards always hold GPT-2's tokens
 log_dir = "log/gpt2"  # folder of the run; an older run in it is moved aside
 init_from = "scratch"  # or resume, or weights: gpt2 ... gpt2-xl, folder of a run or of a model
 seed = 1337  # for the initial weights, the order of the data, dropout, samples
@@ -63,13 +68,13 @@ n_embd = 768  # channels: 64 for each head
 dropout = 0.0  # share of activations that are dropped; helps if data is seen many times
 
 total_batch_size = 524288  # tokens in an optimizer step, over all GPUs; 2**19 is about 0.5M
-B = 0  # sequences in a forward pass, at most; 0: what the GPU's memory holds, up to 64
+B = 0  # sequences in a forward pass, at most; 0: up to 64, as the GPU's memory allows
 T = 1024  # tokens in a sequence
 
 # the optimizer: GPT-3's settings for a model of this size
 optimizer = "adamw"  # adamw, or muon for the matrices in the blocks
 warmup_steps = 715  # steps in which the learning rate rises from 0: 375M tokens here
-max_lr = 6e-4  # the learning rate then
+max_lr = 6e-4  # the learning rate after the warmup
 min_lr = 6e-5  # the learning rate at the last step
 max_steps = 19073  # 10B tokens here, one epoch; with 0 it evaluates, samples and exits
 weight_decay = 0.1  # of matrices and embeddings, not of biases and LayerNorms
@@ -81,7 +86,7 @@ grad_clip = 1.0  # gradients with a larger norm are scaled down to it; 0 for nev
 # how often, in steps; 0 for never
 log_every = 1  # steps from line to line in the log
 val_every = 250  # steps between evaluations on the validation set
-val_steps = 20  # evaluate on val_steps * total_batch_size tokens, always the same ones
+val_steps = 20  # evaluate on the first val_steps * total_batch_size tokens, or on all there are
 hella_every = 1000  # steps between evaluations on HellaSwag
 sample_every = 1000  # steps between samples
 save_every = 1000  # steps between checkpoints
@@ -96,10 +101,10 @@ top_k = 50  # sample only from the 50 likeliest tokens; 0 for all
 # cuda, mps or cpu
 device = "cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu"
 dtype = "auto"  # bfloat16, float16 or float32; auto: the fastest that the device has
-compile = torch.cuda.is_available() and os.name == "posix"  # there is no Triton for Windows
+compile = device == "cuda" and os.name == "posix"  # faster after a first step of a minute
 timeout = 600  # seconds to wait for another process before giving up
 wandb_log = False  # send the log to Weights & Biases
-wandb_project = "gpt2"
+wandb_project = "gpt2"  # the project there
 
 # a recipe: what it is for, and the constants that it replaces
 # fmt: off
@@ -118,12 +123,13 @@ recipes = {
         data="input.txt", log_dir="log/finetuned", init_from="gpt2", dropout=0.1, compile=False,
         B=4, total_batch_size=16384, max_lr=3e-5, min_lr=3e-6, warmup_steps=10, max_steps=100,
         val_every=25, hella_every=0, sample_every=50, save_every=50),
-    # texts by such weights; trains and writes nothing
+    # prints samples from such weights; trains and writes nothing
     "sample": dict(init_from="gpt2", max_steps=0, val_every=0, hella_every=0),
 }
 # fmt: on
 
-# everything above by name, so that flags can replace it and the log can record it
+# everything above by name. The last lines of this file set these globals to the launch's values, so
+# main() sees what the recipe and the flags have replaced
 constants = {
     name: value
     for name, value in globals().items()
@@ -183,7 +189,8 @@ class MLP(nn.Module):
 
 
 class LayerNorm(nn.LayerNorm):
-    """Keeps the dtype of its input: under autocast, torch's own returns 32 bits."""
+    """Keeps the dtype of its input: under autocast, torch's own returns 32 bits, and the residual
+    stream would not stay in 16."""
 
     def forward(self, x):
         return super().forward(x).to(x.dtype)
@@ -213,7 +220,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         # matrix products are faster with sizes that are multiples of 128, so a vocabulary of
-        # 50257 gets 50304 rows. Nothing outside this class sees the last ones
+        # 50257 gets 50304 rows. logits() cuts the last ones off
         n_rows = 128 * math.ceil(config.vocab_size / 128)
         modules = dict(
             wte=nn.Embedding(n_rows, config.n_embd),
@@ -237,13 +244,15 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)
 
     def hidden(self, idx):
-        """Ids (B, T) -> states after the last LayerNorm, (B, T, C)."""
+        """Ids (B, T) -> states after the last LayerNorm, (B, T, C). Apart from logits(), so that
+        samples and HellaSwag compute scores only where they need them."""
         assert idx.shape[1] <= self.config.block_size, "more tokens than the model has positions"
         tok_emb = self.transformer.wte(idx)  # (B, T, C)
         # (T, C): without positions, attention would not see the order of the tokens
         pos_emb = self.transformer.wpe.weight[: idx.shape[1]]
         x = tok_emb + pos_emb
-        if torch.is_autocast_enabled(x.device.type):  # a residual stream in 16 bits is faster
+        # a residual stream in 16 bits is faster, and the losses are the same (docs/measurements.md)
+        if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         x = self.transformer.drop(x)
         for block in self.transformer.h:
@@ -256,7 +265,7 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None):
         """Ids (B, T) -> logits (B, T, vocab_size), or the mean loss given targets (B, T).
-        A target of -100 counts as a loss of 0: cross_entropy leaves it out, the mean does not."""
+        A target of -100 adds no loss, but it still counts in the mean."""
         logits = self.logits(self.hidden(idx))
         if targets is None:
             return logits
@@ -282,9 +291,9 @@ class GPT(nn.Module):
 def causal_attention(q, k, v, dropout):
     """softmax(q k^T / sqrt(C/H)) v, shapes (B, H, T, C/H). No position sees a later one."""
     dtype = q.dtype
-    if q.device.type == "cpu":  # where the backward pass is slow in 16 bits
+    if q.device.type == "cpu":  # on a CPU, the backward pass is slow in 16 bits
         q, k, v = q.float(), k.float(), v.float()
-    with torch.autocast("cpu", enabled=False):  # changes nothing on a GPU
+    with torch.autocast("cpu", enabled=False):  # which would turn them into 16 bits again
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
     return y.to(dtype)
 
@@ -304,7 +313,7 @@ def get_tokenizer(encoding):
     try:
         return tiktoken.get_encoding("gpt2")
     except (OSError, ValueError) as error:
-        print(f"no samples, GPT-2's tokenizer can't be downloaded: {error!r:.200}")
+        print(f"no samples: GPT-2's tokenizer can't be downloaded: {error!r:.200}")
 
 
 @functools.cache  # train and val are parts of one text
@@ -343,7 +352,7 @@ def open_shard(path):
                 shape, dtype = (count,), "<u2"
             found = (os.path.getsize(path) - file.tell()) / 2
             if shape != (found,):
-                raise ValueError(f"expected {shape} tokens, found {found}")
+                raise ValueError(f"expected {shape} tokens, found {found:.10g}")
             if dtype != "<u2":
                 raise ValueError(f"{dtype} instead of uint16")
         except Exception as error:  # a damaged header can lead to any kind of error
@@ -362,8 +371,11 @@ def load_split(data, split, encoding):
     elif os.path.isfile(data) and not data.endswith((".npy", ".bin")):
         tokens = read_text(data, encoding)
         n_train = len(tokens) - len(tokens) // 10  # the last tenth is for validation
-        tokens = tokens[:n_train] if split == "train" else tokens[n_train:]
-        shards.append((os.path.basename(data), tokens))
+        name = os.path.basename(data)
+        if split == "train":
+            shards.append((name, tokens[:n_train]))
+        else:
+            shards.append((f"the last tenth of {name}", tokens[n_train:]))
     if not shards:
         sys.exit(f"--data={data}: no text, and no folder with {split} shards; see fineweb.py")
     return shards
@@ -380,19 +392,21 @@ class TokenLoader:
         self.rows, self.T = rows, T
         self.rank, self.world_size = rank, world_size
         self.device, self.vocab_size, self.seed = device, vocab_size, seed
-        # for each window, its shard and where it starts in there
+        # for each window, its shard and where in that shard it starts
         starts = [np.arange(0, len(tokens) - T, T) for _, tokens in shards]
         self.starts = np.concatenate(starts)
         self.shard_of = np.repeat(np.arange(len(shards)), [len(s) for s in starts])
         self.n_windows = len(self.starts)
         if self.n_windows == 0:
-            sys.exit(f"{shards[0][0]} is too short: a window takes T + 1 = {T + 1} tokens")
+            name, tokens = shards[0]
+            found = f"{len(tokens)} tokens, but a window takes T + 1 = {T + 1}"
+            sys.exit(f"{name} is too short: {found}")
         self.start_epoch(0)
 
     def start_epoch(self, epoch):
         """Shuffles the windows, and moves all of them, so that each epoch cuts elsewhere."""
         self.epoch = epoch
-        self.offset = 101 * epoch % self.T  # 101 is prime: T epochs have T different offsets
+        self.offset = 101 * epoch % self.T  # 101 is prime: T offsets, if it does not divide T
         self.order = np.arange(self.n_windows)
         if self.seed is not None:  # for validation, the order stays
             np.random.default_rng([self.seed, epoch]).shuffle(self.order)
@@ -409,7 +423,7 @@ class TokenLoader:
         ids = tokens[start : start + self.T + 1]
         if ids.max() >= self.vocab_size:
             where = f"{name}: {ids.max()} at offset {start + ids.argmax()}"
-            sys.exit(f"{where} is no token of a vocabulary of {self.vocab_size}")
+            sys.exit(f"{where} is outside the vocabulary of {self.vocab_size} tokens")
         return ids
 
     def n_batches(self, windows):
@@ -481,7 +495,7 @@ def get_lr(step, max_lr, min_lr, warmup_steps, max_steps):
 
 
 # -----------------------------------------------------------------------------
-# Muon: an optimizer that learns faster than AdamW, for the matrices in the blocks
+# Muon: an optimizer for the matrices in the blocks. The lectures don't have it, baby trains with it
 
 
 def newton_schulz(m):
@@ -575,7 +589,7 @@ def sample(model, tokenizer, prompt, n_samples, max_new_tokens, temperature, top
     model.train()
     texts = []
     for tokens in idx[:, len(start) :].tolist():
-        # some models have a few tokens more than their tokenizer
+        # a model from the hub can have more tokens than the tokenizer
         text = tokenizer.decode([token for token in tokens if token < tokenizer.n_vocab])
         texts.append(prompt + printable(text.partition("<|endoftext|>")[0]))
     return texts
@@ -592,7 +606,8 @@ def printable(text):
 
 
 def main(recipe):
-    rank, world_size = connect_processes()  # torchrun starts one for each GPU; else there is one
+    # torchrun starts a process for each GPU; without it, there is only this one
+    rank, world_size = connect_processes()
     ddp = world_size > 1
     master_process = rank == 0  # it prints, logs and saves
     writes_files = master_process and max_steps > 0
@@ -612,9 +627,11 @@ def main(recipe):
     # model: from this run's newest checkpoint, from scratch, or from somebody's weights
     torch.manual_seed(seed)
     resume = init_from == "resume"
-    # until there is a checkpoint, a run that is resumed starts as its recipe does
+    # before the first checkpoint, resuming starts the run as its recipe does
     start_from = recipes[recipe].get("init_from", "scratch") if resume else init_from
     checkpoint = load_checkpoint(log_dir) if resume else None
+    if resume and checkpoint is None:
+        print(f"no checkpoint in {log_dir} yet: beginning a new run from {start_from}")
     if checkpoint is not None:
         raw_model = model_of(checkpoint, dropout)
     elif start_from == "scratch":
@@ -627,10 +644,11 @@ def main(recipe):
 
     # data: a step takes this many windows of T tokens, spread evenly over all ranks
     windows_per_step = total_batch_size // T
-    max_rows = B if B > 0 else rows_that_fit(raw_model, T)
+    max_rows = B if B > 0 else rows_that_fit(raw_model, T, run_dtype)
     grad_accum_steps = math.ceil(windows_per_step / (max_rows * world_size))
-    rows = math.ceil(windows_per_step / (grad_accum_steps * world_size))  # the most, or fewer
-    # of a step's tokens, how many a micro-step takes: 1 / grad_accum_steps if no row is empty
+    # no more rows than these micro-steps need
+    rows = math.ceil(windows_per_step / (grad_accum_steps * world_size))
+    # a micro-step's rows as a share of a step's windows: 1 / grad_accum_steps if none is empty
     micro_step_share = rows * T * world_size / total_batch_size
     config = {"recipe": recipe, **constants, "model": vars(raw_model.config)}
     if max_steps > 0:
@@ -642,6 +660,7 @@ def main(recipe):
         val_loader = TokenLoader(shards, rows, T, rank, world_size, device, vocab_size)
         val_windows = range(min(val_steps * windows_per_step, val_loader.n_windows))
     check_run(config, checkpoint)
+    check_ranks({**config, "B": rows, "dtype": run_dtype}, checkpoint)
 
     # for HellaSwag and samples; if a download fails, training goes on without them
     examples = tokenizer = None
@@ -677,13 +696,15 @@ def main(recipe):
     print_setup(raw_model, world_size, run_dtype, grad_accum_steps, rows, micro_step_share)
 
     def due(step, every):
-        """True every so many steps, and where this run or the one that it continues ends."""
+        """True every so many steps, at the end, and where the run ended that this one extends,
+        since it repeats that evaluation."""
         return every > 0 and (step % every == 0 or step in (end_step, earlier_end))
 
     catch_stop_signals()
     t_start = time.perf_counter()
     if start_step < end_step:
-        # compile now, and see now whether a step fits into memory, not after a long evaluation
+        # compile now, and see now whether a forward and a backward pass fit into memory, not after
+        # a long evaluation
         x, y = train_loader.batch(range(windows_per_step), 0)
         with autocast:
             model(x, y).backward()
@@ -756,7 +777,7 @@ def main(recipe):
                 model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
             with autocast:
                 # backward() adds up gradients, but we want those of the mean loss: so this is
-                # loss / grad_accum_steps, or a little more if some rows are empty
+                # loss / grad_accum_steps, or more if rows are empty, since these have a loss of 0
                 loss = model(x, y) * micro_step_share
             loss_accum += loss.detach()
             scaler.scale(loss).backward()
@@ -766,8 +787,9 @@ def main(recipe):
         for opt in optimizers:
             scaler.unscale_(opt)  # in float16, they are scaled like the loss
         norm = nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf).item()
+        # item() has waited for the GPU, so dt is the time of a whole step
         check_finite(step, train_loss, norm, scaler)
-        with autocast:  # for Muon's matrix products
+        with autocast:  # for Muon's matrix products; AdamW has none
             update(optimizers, scaler, norm)
         raw_model.zero_grad()
 
@@ -785,7 +807,7 @@ def main(recipe):
             speed = {"dt": dt, "tokens_per_sec": tokens_per_sec, "mfu": mfu}
             log(step, line, train_loss=train_loss, lr=lr, grad_norm=norm, **speed)
 
-    if stopping:
+    if stopping and max_steps > 0:
         print(f"stopped at step {step}; to continue, launch it again with --init_from=resume")
     elif writes_files:
         if writes_hf:
@@ -801,7 +823,7 @@ def main(recipe):
 
 
 # -----------------------------------------------------------------------------
-# the log. From here on come the parts that main() calls: a first reading can end here
+# the log. A first reading can end here: what follows is the machinery around main()
 
 
 class Log:
@@ -875,7 +897,7 @@ def connect_wandb(log_dir, run_id, config):
     try:
         run = wandb.init(**how)
     except Exception as error:
-        print(f"warning: Weights & Biases, offline (wandb sync sends it later): {error!s:.200}")
+        print(f"warning: Weights & Biases is offline; send it later by wandb sync. {error!s:.200}")
         wandb.teardown()
         run = wandb.init(**how, mode="offline")
     at_end.callback(run.finish)
@@ -943,16 +965,17 @@ def checkpoint_paths(log_dir):
 def save_checkpoint(log_dir, checkpoint, keep, final):
     """Saves a checkpoint, removes old ones. If it can't, it warns, or raises if `final`."""
     path = f"{log_dir}/ckpt_{checkpoint['step']:06d}.pt"
+    temporary = f"{log_dir}/ckpt.pt.tmp"  # one name: the next save overwrites what a kill has left
     try:
         # renamed only when complete, so that a kill never leaves half a checkpoint
-        with open(path + ".tmp", "wb") as file:
+        with open(temporary, "wb") as file:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(path + ".tmp", path)
+        os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        if os.path.exists(path + ".tmp"):
-            os.remove(path + ".tmp")
+        if os.path.exists(temporary):
+            os.remove(temporary)
         if final:
             raise
         print(f"warning: {path} can't be saved, is the disk full? {error}")
@@ -978,8 +1001,7 @@ def load_checkpoint(log_dir):
         except Exception as error:  # damage can lead to any kind of error
             print(f"warning: skipping {path}, it does not load: {error!r:.200}")
     if paths:
-        sys.exit(f"no checkpoint in {log_dir} loads; start anew with --init_from=scratch")
-    print(f"no checkpoint in {log_dir} yet: starting anew")
+        sys.exit(f"no checkpoint in {log_dir} loads; for a new run, choose another --log_dir")
     return None
 
 
@@ -1006,7 +1028,7 @@ def check_run(config, checkpoint):
     block_size, vocab_size = config["model"]["block_size"], config["model"]["vocab_size"]
     if T > block_size and (max_steps > 0 or val_every > 0):
         sys.exit(f"--T={T}: use --T={block_size}, which is the model's context")
-    if 256 < vocab_size < 50257:
+    if vocab_size != 256 and vocab_size < 50257:
         sys.exit(f"--init_from={init_from} has {vocab_size} tokens, but GPT-2's tokenizer 50257")
     if max_steps == 0:
         return
@@ -1020,11 +1042,11 @@ def check_run(config, checkpoint):
         )
     if checkpoint is not None:
         check_resume(config, checkpoint["config"], checkpoint["step"])
-    check_ranks(config, checkpoint)
 
 
 def check_ranks(config, checkpoint):
-    """Exits if the processes were launched differently, or don't see the same files."""
+    """Exits if the processes were launched differently, don't see the same files, or have GPUs that
+    differ."""
     if not dist.is_initialized():
         return
     mine = {"step": checkpoint["step"] if checkpoint is not None else 0, **config}
@@ -1034,7 +1056,7 @@ def check_ranks(config, checkpoint):
         values = [each[name] for each in all_of_them]
         if name not in ("data", "log_dir", "init_from") and mine[name] != values[0]:
             sys.exit(
-                f"{name}={mine[name]!r:.100} here, but {values[0]!r:.100} in rank 0: "
+                f"{name}={mine[name]!r:.100} on this rank, but {values[0]!r:.100} on rank 0: "
                 f"use the same flags everywhere; do all see {log_dir} and {data}?"
             )
 
@@ -1179,11 +1201,7 @@ def until_stopped(steps):
 
 def asked_to_stop(device):
     """Whether any process has received a signal, so that all of them stop."""
-    stop = len(stop_signals) > 0
-    if dist.is_initialized():
-        stop = torch.tensor(int(stop), device=device)
-        dist.all_reduce(stop, dist.ReduceOp.MAX)
-    return bool(stop)
+    return sum_over_ranks(len(stop_signals), device) > 0
 
 
 # -----------------------------------------------------------------------------
@@ -1221,10 +1239,11 @@ def estimate_mfu(model, T, tokens_per_sec, dtype):
     return tokens_per_sec * get_flops_per_token(model, T) / peak
 
 
-def rows_that_fit(model, T, memory=None):
+def rows_that_fit(model, T, dtype, memory=None):
     """How many sequences a training step can take in a GPU's memory (in bytes), with a tenth of
-    it to spare: a power of two up to 64. By arithmetic: a number in 16 bits for each activation
-    that is kept for the backward pass, of which torch.compile keeps 16 C in each layer."""
+    it to spare: a power of two up to 64. By arithmetic, as in docs/measurements.md: for each token,
+    the backward pass needs 16.5 C numbers of each layer, and the logits. Without torch.compile,
+    it needs 2.4 times as much."""
     if memory is None:
         if device != "cuda":
             return 8
@@ -1232,7 +1251,8 @@ def rows_that_fit(model, T, memory=None):
     c = model.config
     # float32 weights and gradients, and AdamW's two averages
     fixed = 16 * sum(p.numel() for p in model.parameters())
-    per_row = T * 2 * (16.5 * c.n_layer * c.n_embd + c.vocab_size)
+    number = 4 if dtype == "float32" else 2  # bytes
+    per_row = T * number * (16.5 * c.n_layer * c.n_embd + c.vocab_size)
     if not compile:
         per_row *= 2.4
     fit = (0.9 * memory - fixed) / per_row
@@ -1240,7 +1260,7 @@ def rows_that_fit(model, T, memory=None):
 
 
 def print_setup(model, world_size, dtype, grad_accum_steps, rows, micro_step_share):
-    """Says on what it trains, and how a step is divided."""
+    """Prints the device, the size of the model, and how a step is divided."""
     name = torch.cuda.get_device_name() if device == "cuda" else device
     n_params = sum(p.numel() for p in model.parameters())
     print(f"{world_size} x {name}, {dtype}, {n_params / 1e6:.3g}M parameters")
@@ -1251,7 +1271,7 @@ def print_setup(model, world_size, dtype, grad_accum_steps, rows, micro_step_sha
     wasted = 1 - 1 / (grad_accum_steps * micro_step_share)
     if wasted > 0.05:
         print(
-            f"{wasted:.0%} of that is computed for nothing: {total_batch_size // T} sequences "
+            f"{wasted:.0%} of that is padding: {total_batch_size // T} sequences "
             f"don't spread evenly over {world_size} processes with --B={rows}"
         )
 
@@ -1441,7 +1461,7 @@ def parse_launch(argv):
     for each, values in recipes.items():
         for name in values:
             if name not in constants:
-                sys.exit(f"recipe {each}: {name} is no constant; the nearest is {nearest(name)}")
+                sys.exit(f"recipe {each}: {name} is not a constant; the nearest is {nearest(name)}")
 
     replaced = recipes[recipe] | flags
     launch = constants | replaced
@@ -1470,7 +1490,7 @@ def check_constants(launch):
         elif name in POSITIVE and value == 0:
             problem = "expected a number above 0"
         elif kind in (int, float) and not 0 <= value < 1e18:
-            problem = "expected a number from 0"
+            problem = "expected a number from 0 to 1e18"
         elif name in BELOW_1 and value >= 1:
             problem = "expected a number below 1"
         if problem is not None:
@@ -1479,12 +1499,14 @@ def check_constants(launch):
     if launch["min_lr"] > launch["max_lr"]:
         sys.exit("min_lr={min_lr} is above max_lr={max_lr}".format_map(launch))
     if launch["n_embd"] % launch["n_head"] != 0:
-        sys.exit("n_embd={n_embd} is no multiple of n_head={n_head}".format_map(launch))
+        sys.exit("n_embd={n_embd} is not a multiple of n_head={n_head}".format_map(launch))
     if launch["total_batch_size"] % launch["T"] != 0:
-        sys.exit("total_batch_size={total_batch_size} is no multiple of T={T}".format_map(launch))
+        sys.exit(
+            "total_batch_size={total_batch_size} is not a multiple of T={T}".format_map(launch)
+        )
     available = {"cuda": torch.cuda.is_available(), "mps": torch.mps.is_available(), "cpu": True}
     if not available[launch["device"]]:
-        sys.exit(f"device={launch['device']}: torch {torch.__version__} finds none")
+        sys.exit(f"device={launch['device']}: torch {torch.__version__} finds no such device")
 
 
 if __name__ == "__main__":

@@ -4,12 +4,12 @@ python bench/gpu.py
 python bench/gpu.py nanoGPT/model.py build-nanogpt/train_gpt2.py llm.c/train_gpt2.py
 
 It runs the CUDA tests. Then it launches train_gpt2.py as anybody would, on GPT-2 (124M), and reads
-its log and what it prints: at the default B and at the largest one that fits, with AdamW and Muon,
+its log and what it prints: at the default B and, if that is 64, at 128, with AdamW and Muon,
 the first step with an empty and with a full cache of compiled kernels, an evaluation, HellaSwag and
 samples, without cuDNN's attention, and on two cards if there are two. bench/speed.py times other
-scripts. Nothing is downloaded: the tokens are random, with the frequencies of words. Nothing is
-written into the repository. --small is a rehearsal with a tiny model; without a GPU it is the
-default.
+scripts. Only GPT-2's tokenizer is downloaded: the data is random, with the frequencies of words.
+Nothing is written into the repository. --small is a rehearsal with a tiny model; without a GPU it
+is the default.
 """
 
 import argparse
@@ -104,7 +104,7 @@ def prepare():
 class Launch:
     """Runs train_gpt2.py to its end, and notes when each line was printed."""
 
-    def __init__(self, what, processes=1, env=None, **flags):
+    def __init__(self, what, processes=1, env=None, may_fail=False, **flags):
         say(what)
         shutil.rmtree(TEMP / "log", ignore_errors=True)
         # never evaluate, sample or save, unless asked to
@@ -126,7 +126,7 @@ class Launch:
             errors.seek(0)
             text = "\n".join(line for _, line in lines) + errors.read()
         self.out_of_memory = failed and bool(re.search("out of memory|ALLOC_FAILED", text))
-        if failed and not self.out_of_memory:
+        if failed and not (self.out_of_memory and may_fail):
             sys.exit(f"{' '.join(command)} failed:\n{text}")
         if failed:
             return
@@ -151,15 +151,14 @@ command = [sys.executable, "-m", "pytest", "-q", "-k", "cuda", "-p", "no:cachepr
 tests = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 if tests.returncode != 0:
     print(tests.stdout + tests.stderr, file=sys.stderr)
-rows.append(["CUDA tests", tests.stdout.strip().splitlines()[-1].strip("= ")])
+summary = tests.stdout.strip().rpartition("\n")[2].strip("= ")
+rows.append(["CUDA tests", summary or "not run: pip install -r tests/requirements.txt"])
 prepare()
 
 # the first launch of all: nothing is compiled yet
 tokens = 2 * 8 * T if small else 65536
 how = dict(max_steps=warmup + steps, warmup_steps=10, total_batch_size=tokens)
 cold = Launch("AdamW, nothing compiled yet", **how | {"max_steps": warmup + 3})
-if cold.out_of_memory:
-    sys.exit("out of memory at the default B")
 # steps of 0.5M tokens, as GPT-2's, or of fewer where they would take more than three seconds
 while not small and tokens < 524288 and 2 * tokens / cold.tokens_per_sec < 3:
     tokens *= 2
@@ -197,7 +196,7 @@ if cuda:
     flash = Launch("without cuDNN's attention", env={"PYTHONPATH": str(plain)}, **how)
     rows.append(["tokens/s without cuDNN's attention", f"{flash.tokens_per_sec:,.0f}"])
     if adamw.rows == 64:
-        largest = Launch("B=128", **how | {"B": 128})
+        largest = Launch("B=128", may_fail=True, **how | {"B": 128})
         fits = not largest.out_of_memory
         found = f"{largest.tokens_per_sec:,.0f}, {largest.peak}" if fits else "out of memory"
         rows.append(["tokens/s, B=128", found])

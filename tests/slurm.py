@@ -149,11 +149,8 @@ def steps_so_far(home):
 
 def finish(cluster, number, home, steps, restarts):
     """Waits for the end of a job, and checks its log."""
-    wait(
-        lambda: cluster.job(number)[0] in ("COMPLETED", "FAILED", "TIMEOUT", "NODE_FAIL"),
-        900,
-        f"the job does not end: {cluster.job(number)}",
-    )
+    ends = ("COMPLETED", "FAILED", "TIMEOUT", "NODE_FAIL")
+    wait(lambda: cluster.job(number)[0] in ends, 900, "the job does not end")
     state, found = cluster.job(number)
     logged = [event["step"] for event in log_of(home / "log" / "baby") if "train_loss" in event]
     for line in (home / "out").read_text().splitlines():
@@ -200,7 +197,7 @@ if __name__ == "__main__":
     args = parser.parse_args()
     missing = [name for name in ("munged", "slurmctld", "slurmd") if not shutil.which(name)]
     if missing or os.geteuid() != 0:
-        sys.exit(f"this needs root, and Slurm: {', '.join(missing)}")
+        sys.exit(f"this needs root, and Slurm; missing are: {', '.join(missing) or 'none'}")
     with tempfile.TemporaryDirectory() as folder, Cluster(Path(folder)) as cluster:
         for name in args.scenes or scenes:
             home = Path(folder) / f"home-{name}"

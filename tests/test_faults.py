@@ -142,6 +142,15 @@ def test_a_damaged_or_hostile_checkpoint_is_not_used(text, tmp_path):
     assert log_of(tmp_path / "log") == before
 
 
+def test_a_killed_save_leaves_no_file_for_ever(text, tmp_path):
+    """The next save writes over what a kill has left."""
+    flags = [f"--data={text}", f"--log_dir={tmp_path}/log", "--save_every=2"]
+    train(*flags, "--max_steps=2")
+    (tmp_path / "log" / "ckpt.pt.tmp").write_bytes(b"half a checkpoint")
+    train(*flags, "--max_steps=4", "--init_from=resume")
+    assert not list((tmp_path / "log").glob("*.tmp"))
+
+
 def test_only_the_newest_are_kept(text, tmp_path):
     """Those of every 5000th step stay, too: a run that went wrong slowly can go back to one."""
     flags = f"--data={text}", f"--log_dir={tmp_path}/log", "--save_every=2", "--keep=2"

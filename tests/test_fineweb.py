@@ -597,8 +597,8 @@ def test_every_kind_of_file(tmp_path):
     flags = f"--source={tmp_path / 'source'}", f"--out={tmp_path / 'out'}"
     said = make(*flags)
     assert_tokens(tmp_path / "out", reference([f"in {name}" for name in names]), 100_000_000)
-    assert "passing over 2 other files: README.md, notes.docx" in said
-    assert "passing over" not in make(*flags)
+    assert "ignoring 2 other files: README.md, notes.docx" in said
+    assert "ignoring" not in make(*flags)
 
 
 def test_hidden_files_are_not_documents(tmp_path):
@@ -607,7 +607,7 @@ def test_hidden_files_are_not_documents(tmp_path):
     write_documents(tmp_path / "source" / "d" / "f.jsonl", "seen")
     said = make(f"--source={tmp_path / 'source'}", f"--out={tmp_path / 'out'}")
     assert_tokens(tmp_path / "out", reference(["seen"]), 100_000_000)
-    assert "passing over" not in said
+    assert "ignoring" not in said
 
 
 def test_links_are_followed(tmp_path):

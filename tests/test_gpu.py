@@ -102,7 +102,7 @@ def test_the_default_batch_fits_each_card(monkeypatch, compile, peaks, card):
     with torch.device("meta"):
         model = GPT(GPTConfig())
     gib = card * 0.98  # what such a card says it has
-    rows = rows_that_fit(model, 1024, gib * 2**30)
+    rows = rows_that_fit(model, 1024, "bfloat16", gib * 2**30)
     assert peaks[rows] < 0.9 * gib
     assert rows == 64 or peaks[2 * rows] > 0.85 * gib
 
@@ -113,10 +113,14 @@ def test_the_default_batch_of_larger_models_and_longer_sequences(monkeypatch):
     for shape, T in (((24, 16, 1024), 1024), ((48, 25, 1600), 1024), ((12, 12, 768), 4096)):
         with torch.device("meta"):
             model = GPT(GPTConfig(T, 50257, *shape))
-        rows.append(rows_that_fit(model, T, 78 * 2**30))
+        rows.append(rows_that_fit(model, T, "bfloat16", 78 * 2**30))
     assert rows == [64, 16, 32]
-    assert rows_that_fit(model, 1024, 2**30) == 1  # does not fit at all: torch will say so
-    assert rows_that_fit(model, 1024) == 8 or torch.cuda.is_available()
+    numbers = {"float32": 16, "float16": 32}
+    for dtype, rows in numbers.items():  # of twice the size, so half as many fit into 24 GB
+        with torch.device("meta"):
+            assert rows_that_fit(GPT(GPTConfig()), 1024, dtype, 23.5 * 2**30) == rows
+    assert rows_that_fit(model, 1024, "bfloat16", 2**30) == 1  # none fits: torch will say so
+    assert rows_that_fit(model, 1024, "float32") == 8 or torch.cuda.is_available()
 
 
 # float16 ---------------------------------------------------------------------

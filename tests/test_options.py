@@ -6,11 +6,12 @@ import json
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, finish, fork, mistake, start, train
+from conftest import ROOT, TINY, Fork, finish, fork, mistake, start, train, world
 
 CONTRACT = """data log_dir init_from seed B T n_layer n_head n_embd dropout total_batch_size
 optimizer max_lr min_lr warmup_steps max_steps weight_decay momentum grad_clip val_steps log_every
@@ -162,13 +163,13 @@ MISTAKES = {
     "--dtype=bf16": "bfloat16",
     "--optimizer=adam": "adamw",
     "--encoding=utf8": "bytes",
-    "--n_head=3": "n_embd=32 is no multiple of n_head=3",
+    "--n_head=3": "n_embd=32 is not a multiple of n_head=3",
     "--n_layer=0": "n_layer=0: expected a number above 0",
     "--B=-4": "B=-4",
     "--n_embd=0": "n_embd=0",
     "--T=0": "T=0",
-    "--T=7": "total_batch_size=512 is no multiple of T=7",
-    "--max_lr=-1": "max_lr=-1.0: expected a number from 0",
+    "--T=7": "total_batch_size=512 is not a multiple of T=7",
+    "--max_lr=-1": "max_lr=-1.0: expected a number from 0 to 1e18",
     "--max_lr=inf": "max_lr=inf",
     "--max_lr=nan": "max_lr=nan",
     "--max_lr=1e-4": "min_lr=0.0005 is above max_lr=0.0001",
@@ -203,8 +204,11 @@ EDITS = {
     ('optimizer = "adamw"', "optimizer = None"): "optimizer",
     ("wandb_log = False", 'wandb_log = "no"'): "wandb_log='no': expected bool",
     ("dropout = 0.0", "dropout = 2"): "dropout=2: expected a number below 1",
-    ('"gpt2": dict(', '"gpt2": dict(n_layers=6'): "n_layers is no constant; the nearest is n_layer",
-    ('"sample": dict(', '"sample": dict(n_layers=6, '): "recipe sample: n_layers is no constant",
+    (
+        '"gpt2": dict(',
+        '"gpt2": dict(n_layers=6',
+    ): "n_layers is not a constant; the nearest is n_layer",
+    ('"sample": dict(', '"sample": dict(n_layers=6, '): "recipe sample: n_layers is not a constant",
     ('"gpt2": dict(', '"gpt2": dict(max_lr="1"'): "max_lr='1': expected float",
 }
 
@@ -252,8 +256,23 @@ def test_an_uneven_spread_is_told(text, tmp_path, processes, B, wasted):
     """16 windows: 2 x 8 or 4 x 4 waste nothing; 3 processes with 6 rows each compute 18."""
     flags = f"--data={text}", f"--log_dir={tmp_path}/log", "--max_steps=2", f"--B={B}"
     said = train(*flags, processes=processes).stdout
-    assert said.count("computed for nothing") == (wasted is not None)
+    assert said.count("is padding") == (wasted is not None)
     assert wasted is None or wasted in said
+
+
+def test_gpus_that_differ_are_refused(text, tmp_path):
+    """With --B=0, each rank computes what its GPU holds. Here, the second one's holds more."""
+    source = (ROOT / "train_gpt2.py").read_text()
+    line = "    max_rows = B if B > 0 else rows_that_fit(raw_model, T, run_dtype)\n"
+    assert line in source
+    script = tmp_path / "train_gpt2.py"
+    script.write_text(source.replace(line, "    max_rows = 4 * (rank + 1)\n"))
+    shutil.copy(ROOT / "hellaswag.py", tmp_path)
+    flags = [f"--data={text}", f"--log_dir={tmp_path}/log", "--max_steps=2", "--B=0"]
+    ranks = [Fork(*TINY, *flags, env=env, script=script) for env in world(2)]
+    first, second = (finish(rank) for rank in ranks)
+    assert second.returncode == 1 and "B=8 on this rank, but 4 on rank 0" in second.stderr
+    assert first.returncode != 0 and not (tmp_path / "log" / "log.jsonl").exists()
 
 
 def test_more_processes_than_gpus(text, tmp_path):

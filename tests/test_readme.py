@@ -76,7 +76,7 @@ ELSEWHERE = {
     holding("pytest", "-k causal"): ".ci/run",
     "python fineweb.py": HUB,
     "python fineweb.py --shards=2": HUB,
-    "python fineweb.py --pretokenized --shards=10": HUB,
+    "python fineweb.py --pretokenized --shards=10 --out=ready": HUB,
     "python hellaswag.py log/gpt2": HUB,
     "torchrun --standalone --nproc_per_node=8 train_gpt2.py gpt2": GPUS,
     **{line: GPUS for line in COMMANDS if "--max-restarts" in line or "--max_lr=1.8e-3" in line},
