@@ -285,12 +285,15 @@ def test_a_gpt2_with_added_tokens(text, tmp_path):
     assert len(samples(f"--init_from={tmp_path}/log", "--top_k=1", cwd=tmp_path)) == 2
 
 
-def test_fewer_tokens_than_the_tokenizer_makes(text, tmp_path):
-    other_function(vocab_size=1000).save_pretrained(tmp_path / "theirs")
-    flags = "finetune", *SMALL, f"--data={text}", f"--log_dir={tmp_path}/log"
-    result = fork(*flags, f"--init_from={tmp_path}/theirs")
-    assert result.returncode == 1 and "has 1000 tokens" in result.stderr.splitlines()[-1]
-    assert "50257" in result.stderr and not list((tmp_path / "log").iterdir())
+@pytest.mark.parametrize("vocab_size", [1000, 100])
+def test_fewer_tokens_than_the_tokenizer_makes(text, tmp_path, vocab_size):
+    other_function(vocab_size=vocab_size).save_pretrained(tmp_path / "theirs")
+    for recipe in ("finetune", "sample"):
+        flags = recipe, *SMALL, f"--data={text}", f"--log_dir={tmp_path}/log"
+        result = fork(*flags, f"--init_from={tmp_path}/theirs")
+        assert result.returncode == 1
+        assert f"has {vocab_size} tokens" in result.stderr.splitlines()[-1]
+        assert "50257" in result.stderr and not list((tmp_path / "log").iterdir())
 
 
 def test_a_model_in_bfloat16_generates(folder):

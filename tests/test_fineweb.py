@@ -434,6 +434,7 @@ def test_bad_source_files_are_named(tmp_path, name, content):
     (tmp_path / "source" / name).write_bytes(content)
     message = fail(f"--source={tmp_path / 'source'}", f"--out={tmp_path / 'out'}")
     assert str(tmp_path / "source") in message
+    assert b"txt" not in content or 'a.jsonl, document 1: there is no field "text"' in message
     assert name in message or "no .parquet, .jsonl, .jsonl.gz, .json, .txt" in message
 
 
