@@ -406,7 +406,7 @@ if __name__ == "__main__":
     parser.error = sys.exit  # one line, without the usage
     parser.add_argument("--source", default="HuggingFaceFW/fineweb-edu", help="hub or folder")
     parser.add_argument("--subset", help=f"folder in the source (default: {SUBSET}, if it exists)")
-    parser.add_argument("--out", type=Path, default="edu_fineweb10B", help="folder for the shards")
+    parser.add_argument("--out", type=Path, help="folder for the shards (of a hub: edu_fineweb10B)")
     parser.add_argument("--shard_size", type=int, default=100_000_000, help="in tokens")
     parser.add_argument("--shards", type=int, default=sys.maxsize, help="how many to make")
     parser.add_argument("--workers", type=int, default=n_cores(), help="processes that tokenize")
@@ -420,6 +420,9 @@ if __name__ == "__main__":
         if os.path.isdir(args.pretokenized):
             sys.exit(f"--pretokenized={args.pretokenized} is a folder: train on it as it is")
         args.source, args.subset = args.pretokenized, ""
+    if args.out is None and os.path.isdir(args.source):
+        sys.exit(f"--out: choose a folder for the shards of {args.source}")
+    args.out = args.out or Path("edu_fineweb10B")
 
     progress = begin(args)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -458,3 +461,5 @@ if __name__ == "__main__":
         f"done: {progress['documents']:,} documents, {progress['next']['nulls']:,} null, "
         f"{tokens:,} tokens, {len(progress['shards'])} shards"
     )
+    if progress["done"] and len(progress["shards"]) == 1:
+        print("this one is for validation; for shards to train on, choose a smaller --shard_size")

@@ -40,7 +40,7 @@ def read(path):
     """Reads Examples from JSON lines. A bad line raises ValueError with its number."""
     content = path.read_bytes()
     if path == FILE and hashlib.sha256(content).hexdigest() != SHA256:
-        raise ValueError("this is not HellaSwag's validation set; remove the file")
+        raise ValueError("not HellaSwag's validation set; remove it, or name yours by --data")
     encode = tiktoken.get_encoding("gpt2").encode_ordinary
     examples = []
     for number, line in enumerate(content.splitlines(), start=1):
@@ -194,7 +194,8 @@ if __name__ == "__main__":
     except (ValueError, RuntimeError) as error:  # of the examples, or of the device
         sys.exit(" ".join(str(error).split()))
     if model.config.vocab_size < 50257:
-        sys.exit(f"{args.model} has {model.config.vocab_size} tokens, GPT-2's tokenizer 50257")
+        found = f"{args.model} has {model.config.vocab_size} tokens"
+        sys.exit(f"{found}, but HellaSwag needs the 50257 of GPT-2's tokenizer")
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU
 
     decode = tiktoken.get_encoding("gpt2").decode

@@ -64,7 +64,7 @@ seed = 1337  # for the initial weights, the order of the data, dropout, samples
 # the model. Medium is 24, 16, 1024; large 36, 20, 1280; xl 48, 25, 1600
 n_layer = 12  # blocks
 n_head = 12  # attention heads in each block
-n_embd = 768  # channels: 64 for each head
+n_embd = 768  # channels; GPT-2 has 64 for each head
 dropout = 0.0  # share of activations that are dropped; helps if data is seen many times
 
 total_batch_size = 524288  # tokens in an optimizer step, over all GPUs; 2**19 is about 0.5M
@@ -73,10 +73,10 @@ T = 1024  # tokens in a sequence
 
 # the optimizer: GPT-3's settings for a model of this size
 optimizer = "adamw"  # adamw, or muon for the matrices in the blocks
-warmup_steps = 715  # steps in which the learning rate rises from 0: 375M tokens here
+warmup_steps = 715  # steps in which the learning rate rises from 0; GPT-2's are 375M tokens
 max_lr = 6e-4  # the learning rate after the warmup
 min_lr = 6e-5  # the learning rate at the last step
-max_steps = 19073  # 10B tokens here, one epoch; with 0 it evaluates, samples and exits
+max_steps = 19073  # GPT-2's are 10B tokens, one epoch; with 0 it evaluates, samples and exits
 weight_decay = 0.1  # of matrices and embeddings, not of biases and LayerNorms
 beta1 = 0.9  # of AdamW's average of gradients: 90% old, 10% new
 beta2 = 0.95  # of AdamW's average of squared gradients
@@ -101,7 +101,7 @@ top_k = 50  # sample only from the 50 likeliest tokens; 0 for all
 # cuda, mps or cpu
 device = "cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu"
 dtype = "auto"  # bfloat16, float16 or float32; auto: the fastest that the device has
-compile = device == "cuda" and os.name == "posix"  # faster after a first step of a minute
+compile = device == "cuda" and os.name == "posix"  # takes a minute, then steps are faster
 timeout = 600  # seconds to wait for another process before giving up
 wandb_log = False  # send the log to Weights & Biases
 wandb_project = "gpt2"  # the project there
@@ -376,6 +376,8 @@ def load_split(data, split, encoding):
             shards.append((name, tokens[:n_train]))
         else:
             shards.append((f"the last tenth of {name}", tokens[n_train:]))
+    if not os.path.exists(data):
+        sys.exit(f"--data={data}: there is no such file or folder; fineweb.py makes edu_fineweb10B")
     if not shards:
         sys.exit(f"--data={data}: no text, and no folder with {split} shards; see fineweb.py")
     return shards
@@ -881,6 +883,10 @@ def open_log(log_dir, end_step, config, checkpoint):
         run_id = checkpoint["run_id"]
         # what came after the checkpoint will be repeated, so drop those lines
         file.truncate(min(checkpoint["log_size"], os.path.getsize(file.name)))
+        before = checkpoint["config"]
+        changed = {name: config[name] for name in constants if config[name] != before.get(name)}
+        if changed.keys() - {"init_from"}:
+            file.write(json.dumps({"step": checkpoint["step"], "changed": changed}) + "\n")
     wandb_run = connect_wandb(log_dir, run_id, config) if wandb_log else None
     log = Log(end_step, file, run_id, wandb_run)
     if log.size() == 0:
@@ -1264,6 +1270,8 @@ def print_setup(model, world_size, dtype, grad_accum_steps, rows, micro_step_sha
     name = torch.cuda.get_device_name() if device == "cuda" else device
     n_params = sum(p.numel() for p in model.parameters())
     print(f"{world_size} x {name}, {dtype}, {n_params / 1e6:.3g}M parameters")
+    if max_steps == 0 and val_every == 0:
+        return
     print(
         f"a step: {grad_accum_steps} x {rows} x {T} tokens in each process "
         f"(for less memory, lower --B={rows})"
@@ -1299,6 +1307,10 @@ def load_weights(source, dropout=0.0):
         return model_of(load_checkpoint(source), dropout)
     if os.path.exists(f"{source}/hf"):  # a run whose checkpoints are gone
         source = f"{source}/hf"
+    if os.path.exists(source) and not os.path.exists(f"{source}/config.json"):
+        sys.exit(f"{source}: neither a run with a checkpoint, nor a model with a config.json")
+    if os.path.isdir(os.path.dirname(source)) and not os.path.exists(source):
+        sys.exit(f"{source}: there is no such folder")
     try:
         return from_pretrained(source, dropout)
     except Exception as error:  # those of transformers and safetensors have no common base
@@ -1497,7 +1509,7 @@ def check_constants(launch):
             sys.exit(f"{name}={value!r}: {problem}")
 
     if launch["min_lr"] > launch["max_lr"]:
-        sys.exit("min_lr={min_lr} is above max_lr={max_lr}".format_map(launch))
+        sys.exit("min_lr={min_lr} is above max_lr={max_lr}; set both".format_map(launch))
     if launch["n_embd"] % launch["n_head"] != 0:
         sys.exit("n_embd={n_embd} is not a multiple of n_head={n_head}".format_map(launch))
     if launch["total_batch_size"] % launch["T"] != 0:

@@ -206,6 +206,29 @@ def test_init_from_nowhere(text, tmp_path):
     assert sorted(tmp_path.rglob("*")) == before  # the earlier run is still in place
 
 
+def test_folders_without_weights_are_named(text, tmp_path):
+    """They are not looked for on the hub."""
+    (tmp_path / "empty").mkdir()
+    flags = f"--data={text}", f"--log_dir={tmp_path}/log"
+    line = mistake(*flags, f"--init_from={tmp_path}/none")
+    assert line.rstrip() == f"{tmp_path}/none: there is no such folder"
+    for source in (tmp_path / "empty", text):
+        assert f"{source}: neither a run" in mistake(*flags, f"--init_from={source}")
+    assert "no such file or folder" in mistake(f"--data={tmp_path}/none.txt", flags[1])
+
+
+def test_constants_that_change_are_logged(text, tmp_path):
+    """Where a resumed run has others, its log says so at that step."""
+    flags = [f"--data={text}", f"--log_dir={tmp_path}/log"]
+    train(*flags, "--max_steps=2")
+    train(*flags, "--max_steps=2", "--init_from=resume")
+    assert not any("changed" in event for event in log_of(tmp_path / "log"))
+    train(*flags, "--max_steps=4", "--max_lr=2e-3", "--init_from=resume")
+    [changed] = [event for event in log_of(tmp_path / "log") if "changed" in event]
+    assert changed["step"] == 2
+    assert changed["changed"] == {"max_steps": 4, "max_lr": 2e-3, "init_from": "resume"}
+
+
 def test_context_longer_than_the_pretrained(shards, tmp_path):
     from train_gpt2 import GPT, GPTConfig, save_pretrained
 
@@ -334,6 +357,15 @@ def test_weights_that_are_not_numbers(text, tmp_path, processes):
     assert list((tmp_path / "log").glob("*.pt")) == [path]
 
 
+def test_weights_without_a_finite_loss_are_not_saved(text, tmp_path):
+    """The last update is finite, but it makes the weights so large that the loss is not."""
+    flags = f"--data={text}", f"--log_dir={tmp_path}/log", "--max_steps=1", "--val_every=0"
+    assert "step 1: loss" in mistake(
+        *flags, "--optimizer=adamw", "--max_lr=1e17", "--warmup_steps=0"
+    )
+    assert not list((tmp_path / "log").glob("*.pt"))
+
+
 def test_flipped_bits_in_a_checkpoint(text, tmp_path):
     """A bit in the middle of a tensor is flipped, which torch.load would not notice."""
     flags = [f"--data={text}", f"--log_dir={tmp_path}/log", "--max_steps=4", "--save_every=2"]
@@ -359,6 +391,7 @@ def test_a_damaged_log_is_kept(text, tmp_path):
     log.write_bytes(b"".join(lines) + b'{"ste')
     train(*flags, "--max_steps=6", "--init_from=resume")
     now = log.read_bytes().splitlines(keepends=True)
+    now = [line for line in now if b'"changed"' not in line]  # max_steps is now 6
     assert now[: len(lines)] == lines
     for step in (4, 5):
         assert sum(line.startswith(b'{"step": %d, "train_loss"' % step) for line in now) == 1

@@ -172,7 +172,7 @@ MISTAKES = {
     "--max_lr=-1": "max_lr=-1.0: expected a number from 0 to 1e18",
     "--max_lr=inf": "max_lr=inf",
     "--max_lr=nan": "max_lr=nan",
-    "--max_lr=1e-4": "min_lr=0.0005 is above max_lr=0.0001",
+    "--max_lr=1e-4": "min_lr=0.0005 is above max_lr=0.0001; set both",
     "--dropout=1.5": "dropout=1.5: expected a number below 1",
     "--dropout=-0.1": "dropout=-0.1",
     "--timeout=1.5": "--timeout: invalid int",

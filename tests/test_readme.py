@@ -39,6 +39,7 @@ STORY = {
     "pip install -r requirements.txt && python train_gpt2.py": SMALL,
     "python train_gpt2.py baby": SMALL,
     holding("sample", "--init_from=log/baby"): SAMPLES,
+    "python train_gpt2.py baby --init_from=log/baby --max_steps=0": SMALL[:-1],
     "python train_gpt2.py baby --data=my.txt --max_steps=2000": SMALL,
     "python train_gpt2.py baby --encoding=gpt2 --data=my.txt": SMALL,
     holding("--n_head=5"): SMALL,
@@ -152,7 +153,7 @@ def test_the_readme_s_commands_work_in_order(home, shards, monkeypatch, capsys):
         else:
             module = ["-m", "torch.distributed.run"] if program == "torchrun" else []
             printed[line] = run(home, sys.executable, *module, script, *words, *flags)
-    plain, again, samples, own, tokens, *_, evaluated, two = printed.values()
+    plain, again, samples, _, own, tokens, *_, evaluated, two = printed.values()
     sea = printed['python train_gpt2.py sample --prompt="The sea"']
     tuned = printed["python train_gpt2.py finetune --data=my.txt"]
     assert "done: 3 steps" in plain and "log/baby" in plain
