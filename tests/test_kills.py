@@ -131,7 +131,7 @@ def test_a_node_that_does_not_see_the_checkpoints(text, tmp_path):
     results = [finish(node, 60) for node in nodes]
     assert [result.returncode for result in results] == [1, 1]
     # the first is rank 0, and either may leave before it hears of the other
-    assert "step=0 here, but 10 in rank 0" in results[1].stderr
+    assert "step=0 on this rank, but 10 on rank 0" in results[1].stderr
     assert "do all see" in results[1].stderr
 
 
