@@ -34,11 +34,11 @@ def test_a_storm_of_kills_changes_nothing(tmp_path, processes, kills):
 
 
 def test_random_damage_ends_well_or_in_one_line(tmp_path):
-    found = fuzz.fuzz(tmp_path, 300)
+    found = fuzz.fuzz(tmp_path, 200)
     kinds = collections.Counter()
     for (kind, _), n in found.items():
         kinds[kind] += n
-    assert sum(kinds.values()) == 300 and min(kinds[k] for k in kinds) > 30 and len(kinds) == 4
+    assert sum(kinds.values()) == 200 and min(kinds[k] for k in kinds) > 20 and len(kinds) == 4
     assert found["checkpoint", 0] and found["checkpoint", 1] and found["shard", 1]
 
 
