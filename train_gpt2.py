@@ -1435,8 +1435,9 @@ def kind_of(name):
     return TYPES.get(name, type(constants[name]))
 
 
-def nearest(name):
-    return difflib.get_close_matches(name, constants, n=1, cutoff=0)[0]
+def hint(name, dashes=""):
+    close = difflib.get_close_matches(name, constants, n=1)
+    return f"did you mean {dashes}{close[0]}?" if close else "--help lists all"
 
 
 def parse_launch(argv):
@@ -1469,11 +1470,11 @@ def parse_launch(argv):
     recipe, wants_help = flags.pop("recipe"), flags.pop("help")
     if unknown:
         name = unknown[0].removeprefix("--").partition("=")[0]
-        sys.exit(f"{unknown[0]}: no such flag; the nearest is --{nearest(name)}")
+        sys.exit(f"{unknown[0]}: no such flag; {hint(name, '--')}")
     for each, values in recipes.items():
         for name in values:
             if name not in constants:
-                sys.exit(f"recipe {each}: {name} is not a constant; the nearest is {nearest(name)}")
+                sys.exit(f"recipe {each}: {name} is not a constant; {hint(name)}")
 
     replaced = recipes[recipe] | flags
     launch = constants | replaced

@@ -157,7 +157,8 @@ MISTAKES = {
     "--B=abc": "--B: invalid int value: 'abc'",
     "--B=1.5": "--B: invalid int value",
     "--B": "--B: expected one argument",
-    "B=4": "B=4: no such flag; the nearest is --B",
+    "B=4": "B=4: no such flag; did you mean --B?",
+    "--lr=1e-3": "--lr=1e-3: no such flag; --help lists all",
     "--compile=maybe": "--compile: invalid true_or_false",
     "--max_lr=fast": "--max_lr: invalid float",
     "--dtype=bf16": "bfloat16",
@@ -207,7 +208,7 @@ EDITS = {
     (
         '"gpt2": dict(',
         '"gpt2": dict(n_layers=6',
-    ): "n_layers is not a constant; the nearest is n_layer",
+    ): "n_layers is not a constant; did you mean n_layer?",
     ('"sample": dict(', '"sample": dict(n_layers=6, '): "recipe sample: n_layers is not a constant",
     ('"gpt2": dict(', '"gpt2": dict(max_lr="1"'): "max_lr='1': expected float",
 }
