@@ -101,7 +101,7 @@ top_k = 50  # sample only from the 50 likeliest tokens; 0 for all
 # cuda, mps or cpu
 device = "cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu"
 dtype = "auto"  # bfloat16, float16 or float32; auto: the fastest that the device has
-compile = device == "cuda" and os.name == "posix"  # takes a minute, then steps are faster
+compile = torch.cuda.is_available() and os.name == "posix"  # after a minute, steps are faster
 timeout = 600  # seconds to wait for another process before giving up
 wandb_log = False  # send the log to Weights & Biases
 wandb_project = "gpt2"  # the project there
@@ -883,14 +883,15 @@ def open_log(log_dir, end_step, config, checkpoint):
         run_id = checkpoint["run_id"]
         # what came after the checkpoint will be repeated, so drop those lines
         file.truncate(min(checkpoint["log_size"], os.path.getsize(file.name)))
-        before = checkpoint["config"]
-        changed = {name: config[name] for name in constants if config[name] != before.get(name)}
-        if changed.keys() - {"init_from"}:
-            file.write(json.dumps({"step": checkpoint["step"], "changed": changed}) + "\n")
     wandb_run = connect_wandb(log_dir, run_id, config) if wandb_log else None
     log = Log(end_step, file, run_id, wandb_run)
     if log.size() == 0:
         log.write({"constants": config, "run_id": run_id, "torch": torch.__version__})
+    elif checkpoint is not None:
+        before = checkpoint["config"]
+        changed = {name: config[name] for name in constants if config[name] != before.get(name)}
+        if changed.keys() - {"init_from"}:
+            log.write({"step": checkpoint["step"], "changed": changed})
     return log
 
 

@@ -226,6 +226,10 @@ def test_constants_that_change_are_logged(text, tmp_path):
     train(*flags, "--max_steps=4", "--max_lr=2e-3", "--init_from=resume")
     [changed] = [event for event in log_of(tmp_path / "log") if "changed" in event]
     assert changed["step"] == 2
+    (tmp_path / "log" / "log.jsonl").unlink()
+    train(*flags, "--max_steps=6", "--init_from=resume")
+    first = (tmp_path / "log" / "log.jsonl").read_text().splitlines()[0]
+    assert json.loads(first)["constants"]["max_steps"] == 6
     assert changed["changed"] == {"max_steps": 4, "max_lr": 2e-3, "init_from": "resume"}
 
 
