@@ -41,6 +41,8 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 sys.path.insert(0, str(ROOT))
+from launch import STEPS_ONLY  # noqa: E402
+
 import train_gpt2  # noqa: E402
 
 parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -107,9 +109,8 @@ class Launch:
     def __init__(self, what, processes=1, env=None, may_fail=False, **flags):
         say(what)
         shutil.rmtree(TEMP / "log", ignore_errors=True)
-        # never evaluate, sample or save, unless asked to
-        every = dict.fromkeys(("val_every", "hella_every", "sample_every", "save_every"), 0)
-        flags = dict(data="shards", log_dir="log", T=T, log_every=1) | every | shape | flags
+        defaults = dict(data="shards", log_dir="log", T=T, log_every=1, **STEPS_ONLY)
+        flags = defaults | shape | flags
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         command = [sys.executable, "-u", *(launcher if processes > 1 else [])]
         command += ["train_gpt2.py", "gpt2", *(f"--{k}={v}" for k, v in flags.items())]

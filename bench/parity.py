@@ -15,8 +15,6 @@ its warmup is a step longer. --alike gives it GPT-2's GELU and our schedule, to 
 import argparse
 import contextlib
 import functools
-import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -28,6 +26,7 @@ from torch.nn.utils import clip_grad_norm_
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 import peers  # noqa: E402
+from launch import STEPS_ONLY, launch  # noqa: E402
 
 import train_gpt2 as ours  # noqa: E402
 
@@ -35,21 +34,15 @@ SHAPE = dict(n_layer=3, n_head=4, n_embd=64)
 T, B, MICRO_STEPS = 64, 4, 2
 
 
-def launch(folder, steps, dtype):
+def ours_alone(folder, steps, dtype):
     """Trains with train_gpt2.py -> the events of its log."""
     flags = SHAPE | dict(
         T=T, B=B, total_batch_size=B * T * MICRO_STEPS, max_steps=steps, warmup_steps=steps // 5,
         data=folder / "shards", init_from=folder / "weights", log_dir=folder / "log", dtype=dtype,
-        device="cpu", compile=False, log_every=1, val_every=0, hella_every=0, sample_every=0,
-        save_every=0,
+        device="cpu", compile=False, log_every=1, **STEPS_ONLY,
     )  # fmt: skip
-    command = [sys.executable, str(ROOT / "train_gpt2.py"), "gpt2"]
-    command += [f"--{name}={value}" for name, value in flags.items()]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode != 0:
-        sys.exit(result.stdout + result.stderr)
-    lines = (folder / "log" / "log.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines[1:]]
+    _, events = launch(flags)
+    return events
 
 
 def windows(folder, steps):
@@ -59,10 +52,6 @@ def windows(folder, steps):
     n = B * MICRO_STEPS
     for step in range(steps):
         yield [loader.batch(range(step * n, (step + 1) * n), i) for i in range(MICRO_STEPS)]
-
-
-def our_lr(schedule, step):
-    return ours.get_lr(step, *schedule)
 
 
 def peer(path, folder, steps, dtype, alike):
@@ -86,8 +75,8 @@ def peer(path, folder, steps, dtype, alike):
         for layer in model.modules():
             if isinstance(layer, torch.nn.GELU):
                 layer.approximate = "tanh"
-        schedule = [constants[name] for name in ("max_lr", "min_lr", "warmup_steps", "max_steps")]
-        get_lr = functools.partial(our_lr, schedule)
+        schedule = ("max_lr", "min_lr", "warmup_steps", "max_steps")
+        get_lr = functools.partial(ours.get_lr, **{name: constants[name] for name in schedule})
     autocast = contextlib.nullcontext()
     if dtype != "float32":
         autocast = torch.autocast("cpu", getattr(torch, dtype))
@@ -123,7 +112,7 @@ if __name__ == "__main__":
         tokens = ours.read_text(str(ROOT / "input.txt"), "gpt2")
         np.save(folder / "shards" / "train.npy", tokens)
         ours.save_pretrained(ours.GPT(ours.GPTConfig(block_size=T, **SHAPE)), folder / "weights")
-        mine = launch(folder, args.steps, args.dtype)
+        mine = ours_alone(folder, args.steps, args.dtype)
         theirs = list(peer(args.peer, folder, args.steps, args.dtype, args.alike))
     assert len(mine) == len(theirs) == args.steps
     print(

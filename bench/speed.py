@@ -31,6 +31,7 @@ from torch.nn.utils import clip_grad_norm_
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import peers  # noqa: E402
+from launch import STEPS_ONLY, launch  # noqa: E402
 
 import train_gpt2 as ours  # noqa: E402
 
@@ -73,18 +74,12 @@ def measure_ours(optimizer, folder):
         n_layer=n_layer, n_head=n_head, n_embd=n_embd, T=T, B=B, total_batch_size=B * T,
         optimizer=optimizer, device=args.device, dtype=dtype, compile=args.compile, data=data,
         encoding="bytes" if args.shape == "small" else "gpt2", log_dir=folder / "log",
-        max_steps=WARMUP + args.steps, log_every=1, val_every=0, hella_every=0, sample_every=0,
-        save_every=0,
+        max_steps=WARMUP + args.steps, log_every=1, **STEPS_ONLY,
     )  # fmt: skip
-    command = [sys.executable, str(ROOT / "train_gpt2.py"), "gpt2"]
-    command += [f"--{name}={value}" for name, value in flags.items()]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode != 0:
-        sys.exit(result.stdout + result.stderr)
-    log = (folder / "log" / "log.jsonl").read_text().splitlines()
+    printed, events = launch(flags)
     shutil.rmtree(folder / "log")  # with the model in it, half a gigabyte for GPT-2
-    seconds = [json.loads(line)["dt"] for line in log if '"dt"' in line][WARMUP:]
-    memory = [part for part in result.stdout.split(", ") if part.endswith("GiB of GPU memory")]
+    seconds = [event["dt"] for event in events if "dt" in event][WARMUP:]
+    memory = [part for part in printed.split(", ") if part.endswith("GiB of GPU memory")]
     return seconds, float(memory[0].split()[0]) if memory else 0.0
 
 
