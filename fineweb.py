@@ -13,7 +13,6 @@ stop the script, run it again to continue.
 """
 
 import argparse
-import functools
 import gzip
 import json
 import multiprocessing
@@ -64,9 +63,11 @@ def list_folder(folder, subset):
         folders[:] = [name for name in folders if name[0] != "."]
         for name in files:
             path = os.path.join(where, name)
-            if name[0] != "." and not os.path.exists(path):
+            if name[0] == ".":
+                continue
+            if not os.path.exists(path):
                 sys.exit(f"{path}: the link is broken")
-            if name[0] != "." and os.path.isfile(path):
+            if os.path.isfile(path):
                 names.append(path)
     return names
 
@@ -92,8 +93,8 @@ def list_files(source, subset, suffixes, out):
     `out`; and the revision of a dataset on the hub."""
     revision = None
     if os.path.isdir(source):
-        names = list_folder(source, subset)
-        names = [name for name in names if os.path.abspath(out) not in map(str, Path(name).parents)]
+        own = os.path.join(os.path.abspath(out), "")  # what this script writes
+        names = [name for name in list_folder(source, subset) if not name.startswith(own)]
     else:
         names, revision = list_hub(source, subset)
     files = sorted(name for name in names if name.lower().endswith(suffixes))
@@ -161,7 +162,7 @@ def read_txt(path):
     """Yields what stands between the marks. Line ends next to a mark are dropped with it."""
     rest, is_start, after_mark = "", True, False
     with open(path, encoding="utf-8", newline="") as file:
-        for chunk in iter(functools.partial(file.read, piece), ""):
+        while chunk := file.read(piece):
             *before_marks, rest = (rest + chunk).split(MARK)
             for text in before_marks:
                 text = text.rstrip("\r\n")

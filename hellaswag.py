@@ -113,14 +113,15 @@ def longest_row(model):
 @torch.no_grad()
 def ending_losses(model, batch):
     """Returns the losses of n examples' endings: sums and means over tokens, each (n, 4)."""
+    limit = longest_row(model)
     rows = []
     masks = []
     for example in batch:
         for row in example.rows:
             is_ending = torch.arange(len(row)) >= example.n_context
             # rows that are too long keep their right end
-            rows.append(torch.tensor(row)[-longest_row(model) :])
-            masks.append(is_ending[-longest_row(model) :])
+            rows.append(torch.tensor(row)[-limit:])
+            masks.append(is_ending[-limit:])
 
     # (4n, width), padded on the right; each position predicts the next token
     device = model.lm_head.weight.device
@@ -149,7 +150,8 @@ def evaluate(model, examples, batch_tokens=16384, until_stopped=iter):
     if dist.is_initialized():
         examples = examples[dist.get_rank() :: dist.get_world_size()]
         hide = True if dist.get_rank() > 0 else None
-    cut = sum(len(row) > longest_row(model) for example in examples for row in example.rows)
+    limit = longest_row(model)
+    cut = sum(len(row) > limit for example in examples for row in example.rows)
 
     was_training = model.training
     model.eval()
@@ -190,7 +192,7 @@ if __name__ == "__main__":
 
     try:
         examples = load_examples(args.data)[: args.limit]
-        model = load_weights(args.model, dropout=0.0).to(args.device)
+        model = load_weights(args.model).to(args.device)
     except (ValueError, RuntimeError) as error:  # of the examples, or of the device
         sys.exit(" ".join(str(error).split()))
     if model.config.vocab_size < 50257:
