@@ -276,6 +276,16 @@ def wait_for(condition, process, timeout=90):
         time.sleep(0.005)
 
 
+def variant(path, script, *changes):
+    """A copy of a script in which pieces are replaced: pairs of old and new."""
+    text = (ROOT / script).read_text()
+    for old, new in changes:
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    path.write_text(text)
+    return path
+
+
 def log_of(log_dir):
     """The events of a run, without the first line."""
     return [json.loads(line) for line in (Path(log_dir) / "log.jsonl").read_text().splitlines()[1:]]

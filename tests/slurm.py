@@ -21,7 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from conftest import ROOT, log_of
+from conftest import ROOT, free_port, log_of
 
 CONF = """
 ClusterName=test
@@ -49,14 +49,6 @@ PartitionName=all Nodes=a,b Default=YES MaxTime=INFINITE State=UP
 """
 
 
-def free_ports(n):
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(n)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
-
-
 class Cluster:
     """munged, slurmctld and two slurmd, until the end of a with statement."""
 
@@ -70,7 +62,9 @@ class Cluster:
         (folder / "state").mkdir()
         (folder / "munge.key").write_bytes(secrets.token_bytes(128))
         (folder / "munge.key").chmod(0o600)
-        conf = CONF.format(folder=folder, host=socket.gethostname(), ports=free_ports(3))
+        conf = CONF.format(
+            folder=folder, host=socket.gethostname(), ports=[free_port() for _ in range(3)]
+        )
         (folder / "slurm.conf").write_text(conf)
         os.environ["SLURM_CONF"] = str(folder / "slurm.conf")
         munge = ["--key-file=munge.key", "--socket=munge.socket", "--pid-file=munge.pid"]
@@ -125,7 +119,7 @@ def script(home, steps, minutes):
         "--time=12:00:00": f"--time={minutes}",
         "USR1@120": "USR1@20",
         "--nproc_per_node=8": "--nproc_per_node=1",
-        '"$first:29500"': f"127.0.0.1:{free_ports(1)[0]}",  # both nodes are this machine
+        '"$first:29500"': f"127.0.0.1:{free_port()}",  # both nodes are this machine
         "train_gpt2.py gpt2": f"{ROOT}/train_gpt2.py baby {flags}",
     }
     for old, new in changes.items():

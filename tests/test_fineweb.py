@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, finish, series, train, write_bin
+from conftest import ROOT, finish, series, train, variant, write_bin
 from hub import COMMIT, Hub
 
 REPO = "HuggingFaceFW/fineweb-edu"
@@ -39,14 +39,6 @@ def make(*flags, **options):
     result = finish(start(*flags, **options))
     assert result.returncode == 0, result.stderr
     return result.stdout
-
-
-def variant(path, old, new):
-    """A copy of the script in which one piece is replaced."""
-    text = (ROOT / "fineweb.py").read_text()
-    assert text.count(old) == 1
-    path.write_text(text.replace(old, new))
-    return path
 
 
 def fail(*flags, **options):
@@ -264,11 +256,13 @@ def test_killed_between_a_shard_and_its_progress(source, tokens, tmp_path, shard
     flags = f"--source={source}", f"--out={tmp_path / 'out'}", f"--shard_size={SIZE}"
     line = '            progress["shards"].append(\n'
     kill = f'            if path.stem[-1] == "{shard}":\n                signal.raise_signal(9)\n'
-    process = start(*flags, script=variant(tmp_path / "killed.py", line, kill + line))
+    process = start(
+        *flags, script=variant(tmp_path / "killed.py", "fineweb.py", (line, kill + line))
+    )
     assert finish(process).returncode == -signal.SIGKILL
     assert_tokens(tmp_path / "out", tokens[: (shard + 1) * SIZE])
     assert n_counted(tmp_path / "out") == shard
-    script = variant(tmp_path / "other.py", "batch_size = 256", "batch_size = 99")
+    script = variant(tmp_path / "other.py", "fineweb.py", ("batch_size = 256", "batch_size = 99"))
     make(*flags, "--workers=3", script=script)
     assert_tokens(tmp_path / "out", tokens)
 
@@ -290,7 +284,7 @@ def test_killed_in_the_middle_of_a_file(tmp_path, whole, half, which):
     write_parquet(tmp_path / "source" / "a.parquet", texts)
     flags = f"--source={tmp_path / 'source'}", f"--out={tmp_path / 'out'}", "--shard_size=5"
     kill = f"(({half}, file.flush(), signal.raise_signal(9)) if {which} else {whole})"
-    process = start(*flags, script=variant(tmp_path / "killed.py", whole, kill))
+    process = start(*flags, script=variant(tmp_path / "killed.py", "fineweb.py", (whole, kill)))
     assert finish(process).returncode == -signal.SIGKILL
     assert [len(np.load(path)) for path in shards_of(tmp_path / "out")] == [5, 5]
     make(*flags)
@@ -671,7 +665,7 @@ def test_a_text_of_many_documents(tmp_path, separator, piece):
     folder = tmp_path / "source"
     folder.mkdir()
     (folder / "stories.txt").write_bytes(separator.join(["", *stories]).encode())
-    script = variant(tmp_path / "s.py", "piece = 1_000_000", f"piece = {piece}")
+    script = variant(tmp_path / "s.py", "fineweb.py", ("piece = 1_000_000", f"piece = {piece}"))
     flags = f"--source={folder}", "--shard_size=10000", "--workers=2"
     make(*flags, f"--out={tmp_path / 'out'}", script=script)
     assert_tokens(tmp_path / "out", reference(stories), 10000)

@@ -6,12 +6,11 @@ import json
 import os
 import re
 import runpy
-import shutil
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, TINY, Fork, finish, fork, mistake, start, train, world
+from conftest import ROOT, TINY, Fork, finish, fork, mistake, start, train, variant, world
 
 CONTRACT = """data log_dir init_from seed B T n_layer n_head n_embd dropout total_batch_size
 optimizer max_lr min_lr warmup_steps max_steps weight_decay momentum grad_clip val_steps log_every
@@ -263,12 +262,8 @@ def test_an_uneven_spread_is_told(text, tmp_path, processes, B, wasted):
 
 def test_gpus_that_differ_are_refused(text, tmp_path):
     """With --B=0, each rank computes what its GPU holds. Here, the second one's holds more."""
-    source = (ROOT / "train_gpt2.py").read_text()
-    line = "    max_rows = B if B > 0 else rows_that_fit(raw_model, T, run_dtype)\n"
-    assert line in source
-    script = tmp_path / "train_gpt2.py"
-    script.write_text(source.replace(line, "    max_rows = 4 * (rank + 1)\n"))
-    shutil.copy(ROOT / "hellaswag.py", tmp_path)
+    change = "rows_that_fit(raw_model, T, run_dtype)", "4 * (rank + 1)"
+    script = variant(tmp_path / "train_gpt2.py", "train_gpt2.py", change)
     flags = [f"--data={text}", f"--log_dir={tmp_path}/log", "--max_steps=2", "--B=0"]
     ranks = [Fork(*TINY, *flags, env=env, script=script) for env in world(2)]
     first, second = (finish(rank) for rank in ranks)

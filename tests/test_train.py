@@ -25,6 +25,7 @@ from conftest import (
     series,
     start,
     train,
+    variant,
     wait_for,
 )
 
@@ -549,16 +550,13 @@ def test_a_changed_architecture_trains_to_the_end(shards, tmp_path, monkeypatch)
     (tmp_path / "hellaswag.jsonl").write_text(json.dumps(example) + "\n")
     examples = hellaswag.load_examples(tmp_path / "hellaswag.jsonl")
     monkeypatch.setattr(hellaswag, "load_examples", lambda: examples)
-    source = (ROOT / "train_gpt2.py").read_text()
-    for line, new in (
+    script = variant(
+        tmp_path / "train_gpt2.py",
+        "train_gpt2.py",
         ("            wpe=nn.Embedding(config.block_size, config.n_embd),\n", ""),
         ("        x = tok_emb + pos_emb\n", "        x = tok_emb\n"),
         ("        pos_emb = self.transformer.wpe.weight[: idx.shape[1]]", "        # "),
-    ):
-        assert source.count(line) == 1
-        source = source.replace(line, new)
-    script = tmp_path / "train_gpt2.py"
-    script.write_text(source)
+    )
     flags = f"--data={shards[0]}", f"--log_dir={tmp_path}/log", "--max_steps=3", "--sample_every=3"
     result = fork(*TINY, *flags, "--hella_every=3", script=script)
     assert result.returncode == 0, result.stderr
@@ -567,7 +565,7 @@ def test_a_changed_architecture_trains_to_the_end(shards, tmp_path, monkeypatch)
     assert list(series(tmp_path / "log", "hellaswag")) == [0, 3]
     names = {path.name for path in (tmp_path / "log").iterdir()}
     assert names == {"log.jsonl", "ckpt_000003.pt", "train_gpt2.py"}
-    assert (tmp_path / "log" / "train_gpt2.py").read_text() == source
+    assert (tmp_path / "log" / "train_gpt2.py").read_text() == script.read_text()
 
 
 def test_the_script_is_kept_as_it_was_launched(text, tmp_path):
@@ -585,10 +583,9 @@ def test_the_script_is_kept_as_it_was_launched(text, tmp_path):
 
 def test_a_group_has_its_own_learning_rate(text, tmp_path):
     """lr_scale multiplies the rate of the schedule: with 0, the embeddings stay as they are."""
-    source = (ROOT / "train_gpt2.py").read_text()
     line = '{"params": embeddings, "lr_scale": 1.0'
-    script = tmp_path / "train_gpt2.py"
-    script.write_text(source.replace(line, line.replace("1.0", "0.0")))
+    change = line, line.replace("1.0", "0.0")
+    script = variant(tmp_path / "train_gpt2.py", "train_gpt2.py", change)
     flags = [*TINY, f"--data={text}", f"--log_dir={tmp_path}/log", "--save_every=1", "--keep=0"]
     assert fork(*flags, "--max_steps=2", script=script).returncode == 0
     first, second = (load(tmp_path / "log" / f"ckpt_00000{n}.pt")["model"] for n in (1, 2))
